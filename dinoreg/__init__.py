@@ -1,0 +1,1 @@
+"""Pretrain vision transformers with registers, and find out how good they are."""

@@ -1,0 +1,137 @@
+"""Who am I, and how do ranks talk: the only file that knows about launchers and process groups."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One process among `world`. Every collective of the project goes through here and costs nothing alone."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    device: torch.device
+
+    @staticmethod
+    def alone(device: str | torch.device = "cpu") -> Ranks:
+        """A process without peers and without a process group."""
+        return Ranks(0, 1, 0, 1, torch.device(device))
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def max_(self, tensor: Tensor) -> Tensor:
+        """Maximum over ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Concatenate equal-shaped (n, ...) tensors of all ranks to (world * n, ...), differentiably."""
+        return _Gather.apply(tensor, self) if self.world > 1 else tensor
+
+    def broadcast_object(self, value: T) -> T:
+        """The main process's picklable value, everywhere."""
+        if self.world == 1:
+            return value
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class _Gather(torch.autograd.Function):
+    """all_gather whose backward sums what every rank's loss says about this rank's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, ranks: Ranks) -> Tensor:  # type: ignore[override]
+        ctx.ranks, ctx.rows = ranks, len(tensor)
+        out = tensor.new_empty((ranks.world * len(tensor), *tensor.shape[1:]))
+        dist.all_gather_into_tensor(out, tensor.contiguous())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        total = ctx.ranks.sum_(grad.contiguous().clone())
+        start = ctx.ranks.rank * ctx.rows
+        return total[start : start + ctx.rows], None
+
+
+def setup_ranks(timeout_minutes: float = 30) -> Ranks:
+    """Join the other processes of this launch: torchrun's, srun's, or nobody.
+
+    torchrun is asked first, because inside a Slurm allocation both sets of variables exist and the inner launcher is
+    the one that started this process. A single process gets a group of its own too, since FSDP2 wants a mesh.
+    """
+    rank, world, local_rank, local_world = _from_environment()
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise RuntimeError(
+                f"process {local_rank} on {socket.gethostname()} has no GPU: {torch.cuda.device_count()} are visible; "
+                "start one process a GPU"
+            )
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        store = dist.HashStore() if world == 1 else None
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world, timeout=timedelta(minutes=timeout_minutes),
+            device_id=device if device.type == "cuda" else None,
+        )  # fmt: skip
+    return Ranks(rank, world, local_rank, local_world, device)
+
+
+def _from_environment() -> tuple[int, int, int, int]:
+    env = os.environ
+    if "TORCHELASTIC_RUN_ID" in env or {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"} <= env.keys():
+        world = int(env["WORLD_SIZE"])
+        return int(env["RANK"]), world, int(env["LOCAL_RANK"]), int(env.get("LOCAL_WORLD_SIZE", world))
+    if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        world = int(env["SLURM_NTASKS"])
+        env.setdefault("MASTER_ADDR", _first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", "localhost"))))
+        # The same for every process of a step, different for two steps that share a node.
+        job = int(env["SLURM_JOB_ID"]) * 31 + int(re.sub(r"\D", "", env["SLURM_STEP_ID"]) or 0)
+        env.setdefault("MASTER_PORT", str(20000 + job % 20000))
+        local_world = int(re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", str(world)))).group())  # type: ignore[union-attr]  # fmt: skip
+        return int(env["SLURM_PROCID"]), world, int(env["SLURM_LOCALID"]), local_world
+    return 0, 1, 0, 1
+
+
+def _first_host(nodelist: str) -> str:
+    """`node[03-07,9]` -> `node03`, by Slurm's own tool where it exists."""
+    try:
+        shown = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True)
+        return shown.stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        head = re.match(r"([^\[,]+)(?:\[(\d+))?", nodelist)
+        return head.group(1) + (head.group(2) or "") if head else "localhost"
