@@ -1,9 +1,19 @@
-"""Where the model meets the machine: activation checkpointing, then compile, then FSDP2."""
+"""Where the model meets the machine: activation checkpointing, then compile, then FSDP2, in this order."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from dinoreg.config import ConfigError
+from dinoreg.parallel.mesh import Ranks
 
 
 @dataclass
@@ -11,6 +21,106 @@ class EfficiencyConfig:
     """Options that change speed and memory, never results (beyond rounding)."""
 
     shard: Literal["full", "hybrid", "none"] = "full"  # hybrid: shard within a node, replicate across nodes
+    reshard: bool = True  # free gathered weights between forward and backward: less memory, one more gather
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     compile: bool = False  # torch.compile each block
     attention: Literal["auto", "xformers", "varlen", "sdpa"] = "auto"
+
+
+def parallelize(
+    student: nn.ModuleDict, teacher: nn.ModuleDict, cfg: EfficiencyConfig, precision: str, ranks: Ranks
+) -> None:
+    """Prepare both networks in place: parameter names stay as they are, parameters become sharded DTensors.
+
+    The teacher is wrapped exactly like the student, so that its moving average pairs local shards and moves no data.
+    One process in fp32 has nothing to shard and keeps plain tensors. One process in bf16 is wrapped all the same: FSDP2
+    then is what keeps fp32 master weights beside bf16 compute, in the same way on a laptop and on a cluster.
+    """
+    backbone: nn.Module = student["backbone"]
+    checkpoint_blocks(backbone, cfg.activation_checkpointing)
+    if cfg.compile:
+        for network in (student, teacher):
+            for block in _blocks(network):
+                block.compile(dynamic=False)
+    if ranks.world == 1 and precision == "fp32":
+        for network in (student, teacher):
+            network.to(ranks.device)
+        return
+    mesh = data_mesh(cfg.shard, ranks)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for network in (student, teacher):
+        _shard(network, mesh, policy, cfg.reshard)
+
+
+def data_mesh(shard: str, ranks: Ranks) -> DeviceMesh:
+    """The mesh for a sharding mode: one dimension shards; with two, the first replicates."""
+    kind = ranks.device.type
+    if shard == "full":
+        return init_device_mesh(kind, (ranks.world,), mesh_dim_names=("shard",))
+    inner = ranks.local_world if shard == "hybrid" else 1
+    if ranks.world % inner:
+        raise ConfigError(
+            f"hybrid sharding wants the same number of processes on each node: {ranks.world} in all, {inner} here",
+            key="efficiency.shard",
+        )
+    return init_device_mesh(kind, (ranks.world // inner, inner), mesh_dim_names=("replicate", "shard"))
+
+
+def checkpoint_blocks(backbone: nn.Module, mode: str) -> None:
+    """Recompute activations in the backward pass: all of a block (full), or all but matrix products (selective).
+
+    The block's `forward` is replaced on the instance rather than wrapped in a module: names of parameters stay, and the
+    hooks of FSDP, which run around `forward`, are not part of what is recomputed (mixing the two is pytorch #153354).
+    """
+    if mode == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # blocks draw no random numbers
+    if mode == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _save_products)
+    for block in backbone.blocks:  # type: ignore[union-attr]
+        block.forward = partial(checkpoint, block.forward, **options)
+
+
+_PRODUCTS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+
+
+def _save_products(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Keep what is dear to compute, recompute what only moves memory."""
+    keep = op in _PRODUCTS or "attention" in str(op)
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _blocks(network: nn.ModuleDict) -> list[nn.Module]:
+    return list(network["backbone"].blocks)  # type: ignore[arg-type]
+
+
+def _shard(network: nn.ModuleDict, mesh: DeviceMesh, policy: MixedPrecisionPolicy, reshard: bool) -> None:
+    """One FSDP unit a block, one for the rest of the backbone, and one each for a head's MLP and its prototypes."""
+    blocks = _blocks(network)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(network["backbone"], mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for current, following in zip(blocks, blocks[1:], strict=False):
+        current.set_modules_to_forward_prefetch([following])  # type: ignore[operator]
+        following.set_modules_to_backward_prefetch([current])  # type: ignore[operator]
+    for name, head in network.items():
+        if name != "backbone":
+            fully_shard(head.mlp, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+            fully_shard(head.last_layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+
+
+def set_gradient_sync(modules: nn.Module, enabled: bool) -> None:
+    """Reduce gradients over ranks in the next backward, or only accumulate them locally. Plain modules: nothing."""
+    for module in modules.modules():
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(enabled, recurse=False)
+            module.set_is_last_backward(enabled)
