@@ -1,0 +1,89 @@
+"""What the host hands to the device (`Batch`) and what the objective receives (`Crops`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that could not be used and was replaced by another one."""
+
+    reason: str  # one of dinoreg.data.images.REASONS
+    source: str  # the shard, folder or URL
+    key: str  # the member or file inside it
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.key} in {self.source}"
+
+
+@dataclass
+class Batch:
+    """The crops of one rank's share of a step, as the workers made them.
+
+    global_crops: uint8 (B, 2, C, Hg, Wg); local_crops: uint8 (B, L, C, Hl, Wl); photometric: float32 (B, 2 + L, P),
+    the columns of `dinoreg.data.photometric`; masks: bool (B, 2, N), True = hidden from the student; positions: int64
+    (B,), the global sample numbers. `photometric` and `positions` stay on the host: `develop` picks the rows of each
+    operation there, so that the device is never waited for.
+    """
+
+    global_crops: Tensor
+    local_crops: Tensor
+    photometric: Tensor
+    masks: Tensor
+    positions: Tensor
+    bad: list[BadSample] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return self.global_crops.shape[0]
+
+    def pin_memory(self) -> Batch:
+        """Copies into page-locked memory (DataLoader calls this by its name)."""
+        return Batch(
+            self.global_crops.pin_memory(),
+            self.local_crops.pin_memory(),
+            self.photometric.pin_memory(),
+            self.masks.pin_memory(),
+            self.positions,
+            self.bad,
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The batch with its crops and masks on `device`."""
+        return Batch(
+            self.global_crops.to(device, non_blocking=non_blocking),
+            self.local_crops.to(device, non_blocking=non_blocking),
+            self.photometric,
+            self.masks.to(device, non_blocking=non_blocking),
+            self.positions,
+            self.bad,
+        )
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Tells the allocator that `stream` uses the tensors, which another stream has filled."""
+        for tensor in (self.global_crops, self.local_crops, self.masks):
+            tensor.record_stream(stream)
+
+    def split(self, parts: int) -> list[Batch]:
+        """`parts` equal contiguous parts (views); bad samples go with the first. Raises ValueError on a remainder."""
+        if parts < 1 or len(self) % parts:
+            raise ValueError(f"a batch of {len(self)} images cannot be split into {parts} equal parts")
+        tensors = (self.global_crops, self.local_crops, self.photometric, self.masks, self.positions)
+        columns = [tensor.chunk(parts) for tensor in tensors]
+        bad = [self.bad] + [[] for _ in range(parts - 1)]
+        return [Batch(*pieces) for pieces in zip(*columns, bad, strict=True)]
+
+
+@dataclass
+class Crops:
+    """Augmented, normalised crops on the device.
+
+    global_crops: float32 (b, 2, C, H, W); local_crops: float32 (b, L, C, h, w); masks: bool (b, 2, N).
+    """
+
+    global_crops: Tensor
+    local_crops: Tensor
+    masks: Tensor
