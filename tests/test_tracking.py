@@ -1,0 +1,130 @@
+"""metrics.jsonl through crashes, and wandb without key or network."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+
+import pytest
+
+from dinoreg.train import tracking
+from dinoreg.train.tracking import Tracker, TrackingConfig, read_metrics
+
+
+@pytest.fixture(autouse=True)
+def no_wandb_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+
+def steps(run_dir: Path) -> list[int]:
+    return [int(line["step"]) for line in read_metrics(run_dir / "metrics.jsonl")]
+
+
+def test_every_line_is_on_disk_before_the_run_ends(tmp_path: Path) -> None:
+    tracker = Tracker(TrackingConfig(), tmp_path, {})
+    tracker.log(10, {"loss/total": 1.5})
+    assert steps(tmp_path) == [10]  # read while the tracker is still open
+    tracker.close()
+    tracker.close()
+
+
+def test_numbers_that_json_lacks_come_back(tmp_path: Path) -> None:
+    tracker = Tracker(TrackingConfig(), tmp_path, {})
+    tracker.log(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 0.25, "step": 99})
+    tracker.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    strict = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert strict == {"step": 1, "a": "nan", "b": "inf", "c": "-inf", "d": 0.25}
+    (record,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert math.isnan(record["a"]) and record["b"] == math.inf and record["c"] == -math.inf
+
+
+def test_resuming_drops_what_was_lost_and_the_broken_last_line(tmp_path: Path) -> None:
+    tracker = Tracker(TrackingConfig(), tmp_path, {})
+    for step in (10, 20, 30, 40):
+        tracker.log(step, {"loss/total": float(step)})
+    tracker.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 50, "loss/to')  # the machine died here
+    assert steps(tmp_path) == [10, 20, 30, 40]
+    again = Tracker(TrackingConfig(), tmp_path, {}, start_step=20)
+    again.log(30, {"loss/total": 31.0})
+    again.close()
+    assert steps(tmp_path) == [10, 20, 30]
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["loss/total"] == 31.0
+
+
+def test_a_run_that_starts_anew_starts_an_empty_file(tmp_path: Path) -> None:
+    for value in (1.0, 2.0):
+        tracker = Tracker(TrackingConfig(), tmp_path, {})
+        tracker.log(5, {"loss/total": value})
+        tracker.close()
+    assert [line["loss/total"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [2.0]
+
+
+def test_wandb_asked_online_goes_offline_by_itself_and_keeps_its_identity(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    said: list[str] = []
+    run_dir = tmp_path / "my_run"
+    begun = time.monotonic()
+    for start_step in (0, 10):
+        tracker = Tracker(TrackingConfig(wandb="online"), run_dir, {"seed": 3}, start_step, said.append)
+        tracker.log(start_step + 10, {"loss/total": math.nan, "lr": 0.1})
+        tracker.log_picture(start_step + 10, "crops", _png(tmp_path))
+        tracker.close()
+    assert time.monotonic() - begun < 30
+    assert len(said) == 2
+    assert all("offline" in line and "no API key" in line and "\n" not in line for line in said)
+    identity = (run_dir / tracking.RUN_ID_FILE).read_text().strip()
+    folders = sorted((run_dir / "wandb").glob("offline-run-*"))
+    assert len(folders) == 2 and all(f"-{identity}" in folder.name for folder in folders)
+    assert all(list(folder.glob("*.wandb")) for folder in folders)
+    assert list(run_dir.glob("wandb/offline-run-*/files/media/images/pictures/crops*.png"))
+
+
+def test_a_key_without_a_network_goes_offline_quickly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nothing listens there
+    begun = time.monotonic()
+    assert "does not answer" in (tracking._why_not_online() or "")
+    assert time.monotonic() - begun < tracking.NETWORK_PATIENCE + 2
+
+
+def test_a_silent_network_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "NETWORK_PATIENCE", 0.2)
+    monkeypatch.setattr(tracking.urllib.request, "urlopen", lambda *_, **__: time.sleep(3))
+    begun = time.monotonic()
+    assert not tracking._answers("http://silent.example")
+    assert time.monotonic() - begun < 1
+
+
+def test_a_key_in_netrc_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not tracking._has_key("api.wandb.ai")
+    file = tmp_path / "netrc"
+    file.write_text("machine api.wandb.ai login user password abc\n")
+    file.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(file))
+    assert tracking._has_key("api.wandb.ai")
+    assert not tracking._has_key("other.example")
+
+
+def test_disabled_never_imports_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)  # an import would raise
+    tracker = Tracker(TrackingConfig(), tmp_path, {})
+    tracker.log_picture(1, "crops", tmp_path / "none.png")
+    tracker.close()
+    said: list[str] = []
+    Tracker(TrackingConfig(wandb="offline"), tmp_path, {}, say=said.append).close()
+    assert len(said) == 1 and "not installed" in said[0]
+
+
+def _png(folder: Path) -> Path:
+    from PIL import Image
+
+    path = folder / "picture.png"
+    Image.new("RGB", (8, 8), "red").save(path)
+    return path
