@@ -1,0 +1,318 @@
+"""Load, merge and validate: defaults of a schema, then a recipe and its bases, then the command line.
+
+A schema is a dataclass of dataclasses, each living beside the code that reads it. Whatever is wrong with a
+configuration becomes one `ConfigError` of one line: the key, what is wrong with it, and where it was written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+T = TypeVar("T")
+
+COMMAND_LINE = "the command line"
+
+
+class ConfigError(ValueError):
+    """A mistake in a configuration, told in one line. `key` is dotted; inside a part's `check()` its own field."""
+
+    def __init__(self, message: str, key: str = "") -> None:
+        super().__init__(f"{key}: {message}" if key else message)
+        self.message = message
+        self.key = key
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """One option as somebody wrote it."""
+
+    key: str
+    node: yaml.Node
+    origin: str
+
+
+def load(schema: type[T], path: str | Path | None, overrides: Sequence[str] = ()) -> T:
+    """An instance of `schema` from its defaults, the recipe at `path` (a file or a name in configs/) and `key=value`s.
+
+    Raises ConfigError on anything that is not as it should be. Each nested dataclass with a `check()` is asked too,
+    parts before the whole, so that a check may rely on its parts.
+    """
+    kinds = dict(_leaves(schema))
+    settings = list(_read_recipe(find_recipe(path), kinds)) if path is not None else []
+    settings += [_read_override(text, kinds) for text in overrides]
+    config = OmegaConf.structured(schema)
+    origins: dict[str, str] = {}
+    for setting in settings:
+        _apply(config, setting, kinds)
+        origins[setting.key] = setting.origin
+    try:
+        result = typing.cast(T, OmegaConf.to_object(config))
+    except OmegaConfBaseException as error:
+        raise _located(_first_line(error), error.full_key or "", origins) from None
+    try:
+        _check(result)
+    except ConfigError as error:
+        raise _located(error.message, error.key, origins) from None
+    return result
+
+
+def to_yaml(config: Any) -> str:
+    """The whole configuration as YAML that `load` reads back to the same values."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def find_recipe(path: str | Path) -> Path:
+    """The file that `path` means: itself, with .yaml added, or the recipe of that name shipped with dinoreg."""
+    given = Path(path)
+    for candidate in (given, given.with_name(given.name + ".yaml"), *(_shipped(given.name))):
+        if candidate.is_file():
+            return candidate
+    known = sorted(file.stem for folder in _recipe_folders() for file in folder.glob("*.yaml"))
+    nearest = f"; the nearest recipe is {_nearest(given.stem, known)}" if known else ""
+    raise ConfigError(f"no recipe '{path}': neither a file nor one of the recipes in configs/{nearest}")
+
+
+def _recipe_folders() -> list[Path]:
+    # An installed package carries the recipes inside; a checkout has them beside the package.
+    package = Path(__file__).resolve().parent
+    return [folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()]
+
+
+def _shipped(name: str) -> Iterator[Path]:
+    for folder in _recipe_folders():
+        yield from (folder / name, folder / f"{name}.yaml")
+
+
+# -- the schema ------------------------------------------------------------------------------------------------------
+
+
+def _leaves(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, type) of each option; a section is listed too, with its dataclass as the type."""
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        key, kind = prefix + field.name, hints[field.name]
+        yield key, kind
+        if dataclasses.is_dataclass(kind):
+            yield from _leaves(typing.cast(type, kind), f"{key}.")
+
+
+def leaf_keys(schema: type) -> list[str]:
+    """The dotted keys of all options of a schema, sections left out."""
+    return [key for key, kind in _leaves(schema) if not dataclasses.is_dataclass(kind)]
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    """The members of a union (without None), or the type alone."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return tuple(part for part in typing.get_args(kind) if part is not type(None))
+    return (kind,)
+
+
+def _is_text(kind: Any) -> bool:
+    return all(part is str or typing.get_origin(part) is typing.Literal for part in _alternatives(kind))
+
+
+def _is_list(kind: Any) -> bool:
+    return typing.get_origin(kind) is list
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose numbers may be written 1e-3: version 1.1, which PyYAML implements, calls that a text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def _read_recipe(path: Path, kinds: dict[str, Any], seen: tuple[Path, ...] = ()) -> Iterator[_Setting]:
+    """What a recipe says, after what its base says."""
+    if path.resolve() in seen:
+        circle = " -> ".join(str(file) for file in (*seen, path.resolve()))
+        raise ConfigError(f"recipes name each other as base in a circle: {circle}")
+    root = _parse(path)
+    base = [value for name, value in root.value if name.value == "base"]
+    if base:
+        yield from _read_recipe(_find_base(base[0], path), kinds, (*seen, path.resolve()))
+        root.value = [(name, value) for name, value in root.value if name.value != "base"]
+    yield from _flatten(root, path, kinds)
+
+
+def _parse(path: Path) -> yaml.MappingNode:
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ConfigError(f"{where}: not readable as YAML: {getattr(error, 'problem', None) or error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    if root is None:
+        return yaml.MappingNode("tag:yaml.org,2002:map", [])
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(f"{path}: a recipe is a list of 'option: value' lines")
+    return root
+
+
+def _find_base(node: yaml.Node, recipe: Path) -> Path:
+    beside = recipe.parent / str(node.value)
+    for candidate in (beside, beside.with_name(beside.name + ".yaml")):
+        if candidate.is_file():
+            return candidate
+    try:
+        return find_recipe(str(node.value))
+    except ConfigError as error:
+        raise ConfigError(f"{error.message} (from {_at(recipe, node)})", key="base") from None
+
+
+def _at(path: Path, node: yaml.Node) -> str:
+    return f"{path}:{node.start_mark.line + 1}"
+
+
+def _flatten(root: yaml.MappingNode, path: Path, kinds: dict[str, Any], prefix: str = "") -> Iterator[_Setting]:
+    """The options of a YAML mapping, with dotted keys; sections are descended into."""
+    seen: set[str] = set()
+    for name, value in root.value:
+        key = prefix + str(name.value)
+        origin = _at(path, name)
+        if key in seen:
+            raise ConfigError(f"given twice (from {origin})", key=key)
+        seen.add(key)
+        _known(key, kinds, origin)
+        if not dataclasses.is_dataclass(kinds[key]):
+            yield _Setting(key, value, origin)
+        elif isinstance(value, yaml.MappingNode):
+            yield from _flatten(value, path, kinds, f"{key}.")
+        elif not _is_null(value):
+            raise _not_a_value(key, kinds, origin)
+
+
+def _read_override(text: str, kinds: dict[str, Any]) -> _Setting:
+    key, equals, value = text.partition("=")
+    key, value = key.strip(), value.strip()
+    if not equals:
+        raise ConfigError(f"'{text}' is not of the form key=value (from {COMMAND_LINE})")
+    _known(key, kinds, COMMAND_LINE)
+    if dataclasses.is_dataclass(kinds[key]):
+        raise _not_a_value(key, kinds, COMMAND_LINE)
+    if not value:
+        raise ConfigError(f"no value after '='; write {key}=null for none (from {COMMAND_LINE})", key=key)
+    return _Setting(key, _value_node(key, value, kinds[key]), COMMAND_LINE)
+
+
+def _value_node(key: str, value: str, kind: Any) -> yaml.Node:
+    """A command-line value is YAML, except that an unquoted text stays as typed: paths hold ': ', '{' and '#'."""
+    plain = yaml.ScalarNode("tag:yaml.org,2002:str", value, style="'")
+    if (_is_text(kind) or _is_list(kind)) and value[0] not in "[\"'" and value not in ("null", "~"):
+        return plain
+    try:
+        return yaml.compose(value, Loader=_Loader) or plain
+    except yaml.YAMLError:
+        hint = "; put quotes around texts that hold any of {}[],:#" if _is_list(kind) else ""
+        raise ConfigError(f"cannot read the value {value}{hint} (from {COMMAND_LINE})", key=key) from None
+
+
+def _known(key: str, kinds: dict[str, Any], origin: str) -> None:
+    if key not in kinds:
+        options = [name for name, kind in kinds.items() if not dataclasses.is_dataclass(kind)]
+        raise ConfigError(f"no such option; the nearest is {_nearest(key, options)} (from {origin})", key=key)
+
+
+def _not_a_value(key: str, kinds: dict[str, Any], origin: str) -> ConfigError:
+    example = next(name for name in kinds if name.startswith(f"{key}."))
+    return ConfigError(f"is a section, not an option; give its options, such as {example} (from {origin})", key=key)
+
+
+def _nearest(key: str, candidates: Sequence[str]) -> str:
+    """By the whole key and by its last word: 'lr' means optim.lr, and 'optim.batch_size' means train.batch_size."""
+
+    def likeness(candidate: str) -> float:
+        last = SequenceMatcher(None, key.rpartition(".")[2], candidate.rpartition(".")[2])
+        return SequenceMatcher(None, key, candidate).ratio() + last.ratio()
+
+    return max(candidates, key=likeness)
+
+
+# -- merging and checking --------------------------------------------------------------------------------------------
+
+
+def _apply(config: DictConfig, setting: _Setting, kinds: dict[str, Any]) -> None:
+    kind = kinds[setting.key]
+    try:
+        value = _to_value(setting.node, kind)
+        OmegaConf.update(config, setting.key, value, merge=False)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{_first_line(error)} (from {setting.origin})", key=setting.key) from None
+    except OmegaConfBaseException as error:
+        text = f"needs a value of type {_type_name(kind)}" if value is None else _first_line(error)
+        raise ConfigError(f"{text} (from {setting.origin})", key=setting.key) from None
+
+
+def _to_value(node: yaml.Node, kind: Any) -> Any:
+    if _is_text(kind) and isinstance(node, yaml.ScalarNode) and not _is_null(node):
+        return node.value  # as written: `name: 007` stays '007'
+    loader = _Loader("")
+    value = loader.construct_document(node)
+    members = _alternatives(kind)
+    if isinstance(value, float) and value.is_integer() and int in members and float not in members:
+        return int(value)  # 1e5 steps
+    if _is_list(kind) and value is not None and not isinstance(value, list):
+        return [value]  # one source needs no brackets
+    return value
+
+
+def _is_null(node: yaml.Node) -> bool:
+    return bool(node.tag == "tag:yaml.org,2002:null")
+
+
+def _type_name(kind: Any) -> str:
+    return " or ".join(getattr(part, "__name__", str(part)) for part in _alternatives(kind))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _check(config: Any, prefix: str = "") -> None:
+    """Ask every nested dataclass that has a `check()`, parts first. Numbers must be finite everywhere."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            _check(value, f"{prefix}{field.name}.")
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ConfigError(f"must be finite, not {number}", key=prefix + field.name)
+    if hasattr(config, "check"):
+        try:
+            config.check()
+        except ConfigError as error:
+            raise ConfigError(error.message, key=prefix + error.key) from None
+
+
+def _located(message: str, key: str, origins: dict[str, str]) -> ConfigError:
+    """Add where the key, and each other option that the message mentions, was written."""
+    words = {key, *re.findall(r"[\w.]*\w", message)}
+    written = [name for name in origins if name in words]
+    if not written:
+        return ConfigError(f"{message} (from the defaults)" if key else message, key=key)
+    if written == [key]:
+        return ConfigError(f"{message} (from {origins[key]})", key=key)
+    return ConfigError(f"{message} ({', '.join(f'{name} from {origins[name]}' for name in written)})", key=key)
