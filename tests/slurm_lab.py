@@ -1,0 +1,123 @@
+"""A real Slurm of two nodes on this machine, for tests: munged, slurmctld and two slurmd, all below one folder."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+DAEMONS = ("munged", "slurmctld", "slurmd", "srun", "sinfo")
+
+CONF = """
+ClusterName=lab
+SlurmctldHost={host}({address})
+SlurmctldPort={ports[0]}
+SlurmUser={user}
+SlurmdUser={user}
+AuthInfo=socket={root}/munge/sock
+CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
+StateSaveLocation={root}/state
+SlurmdSpoolDir={root}/spool/%n
+SlurmctldPidFile={root}/run/slurmctld.pid
+SlurmdPidFile={root}/run/slurmd.%n.pid
+SlurmctldLogFile={root}/log/slurmctld.log
+SlurmdLogFile={root}/log/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+PropagateResourceLimits=NONE
+SlurmdParameters=config_overrides
+ReturnToService=2
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=sched_interval=1,batch_sched_delay=0
+KillWait=2
+NodeName=127.0.0.2 NodeHostname={host} NodeAddr={address} Port={ports[1]} CPUs=2 RealMemory=1000000 State=UNKNOWN
+NodeName=127.0.0.3 NodeHostname={host} NodeAddr={address} Port={ports[2]} CPUs=2 RealMemory=1000000 State=UNKNOWN
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def missing() -> list[str]:
+    """Programs of Slurm that this machine lacks (Debian: slurm-wlm and munge)."""
+    return [name for name in DAEMONS if shutil.which(name, path=_path()) is None]
+
+
+def _path() -> str:
+    return os.environ["PATH"] + ":/usr/sbin:/sbin"
+
+
+class SlurmLab:
+    """Context manager; `env` is what a client needs. Node names are loopback addresses, usable as MASTER_ADDR."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.env = os.environ | {"SLURM_CONF": str(root / "slurm.conf"), "PATH": _path()}
+        self._daemons: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> SlurmLab:
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for daemon in reversed(self._daemons):
+            daemon.terminate()
+        for daemon in reversed(self._daemons):
+            try:
+                daemon.wait(10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+
+    def _start(self) -> None:
+        for name in ("munge", "state", "spool", "run", "log"):
+            (self.root / name).mkdir(parents=True)
+        munge = self.root / "munge"
+        munge.chmod(0o711)
+        (munge / "key").write_bytes(os.urandom(128))
+        (munge / "key").chmod(0o600)
+        host = socket.gethostname().split(".")[0]
+        conf = CONF.format(
+            host=host, address=socket.gethostbyname(host), user=getpass.getuser(), root=self.root, ports=_free_ports(3)
+        )
+        (self.root / "slurm.conf").write_text(conf)
+        sock = munge / "sock"
+        files = [f"--{kind}-file={munge}/{kind}" for kind in ("key", "pid", "log", "seed")]
+        self._spawn("munged", "--foreground", "--force", f"--socket={sock}", *files)
+        _until(sock.exists, "munged")
+        self._spawn("slurmctld", "-D")
+        for node in ("127.0.0.2", "127.0.0.3"):
+            self._spawn("slurmd", "-D", "-N", node)
+        _until(lambda: self._states() == ["idle", "idle"], "slurmd")
+
+    def _spawn(self, *command: str) -> None:
+        with (self.root / "log" / f"{command[0]}.out").open("ab") as out:
+            self._daemons.append(subprocess.Popen(command, env=self.env, stdout=out, stderr=out, cwd=self.root))
+
+    def _states(self) -> list[str]:
+        shown = subprocess.run(["sinfo", "-h", "-N", "-o", "%T"], env=self.env, capture_output=True, text=True)
+        return shown.stdout.split()
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def _until(done: object, what: str, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():  # type: ignore[operator]
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what} did not come up within {seconds:.0f} s")
+        time.sleep(0.05)
