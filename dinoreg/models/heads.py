@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinoreg.config import ConfigError
+from dinoreg.models.layers import init_linear
 
 
 @dataclass
@@ -14,3 +23,63 @@ class HeadConfig:
     bottleneck_dim: int = 256
     layers: int = 3
     train_scale: bool = True  # DINOv2 leaves each prototype's length (weight_g) trainable; DINO froze it at 1
+
+    def check(self) -> None:
+        for key in ("prototypes", "hidden_dim", "bottleneck_dim", "layers"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"{getattr(self, key)} is too small: at least 1 is needed", key=key)
+
+
+class Prototypes(nn.Module):
+    """Cosine of each feature with each prototype, times the prototype's length.
+
+    The parameters keep the names that torch's old weight_norm gave them, as in DINOv2's checkpoints: prototype k is
+    weight_g[k] * weight_v[k] / |weight_v[k]|.
+    """
+
+    def __init__(self, dim: int, count: int, train_scale: bool) -> None:
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(count, 1), requires_grad=train_scale)
+        self.weight_v = nn.Parameter(torch.empty(count, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (n, bottleneck), not normalised -> logits (n, K).
+
+        Lengths are taken in fp32 (in half precision the squares of small features vanish); the product runs in the
+        parameters' dtype, because it is the one matrix product of this size in a step.
+        """
+        unit = F.normalize(x.float(), dim=-1)
+        prototypes = F.normalize(self.weight_v.float(), dim=-1) * self.weight_g.float()
+        return F.linear(unit.to(self.weight_v.dtype), prototypes.to(self.weight_v.dtype))
+
+    def init_weights(self) -> None:
+        """Directions uniform in a cube as nn.Linear's, lengths 1."""
+        nn.init.ones_(self.weight_g)
+        nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))
+
+
+class PrototypeHead(nn.Module):
+    """From a backbone's token to logits over prototypes.
+
+    `mlp` (in_dim -> bottleneck) and `last_layer` (bottleneck -> K) may also be called one after the other, so that the
+    few wide logits can be made piece by piece.
+    """
+
+    def __init__(self, in_dim: int, cfg: HeadConfig) -> None:
+        super().__init__()
+        widths = [in_dim, *[cfg.hidden_dim] * (cfg.layers - 1), cfg.bottleneck_dim]
+        layers: list[nn.Module] = []
+        for before, after in pairwise(widths):
+            layers += [nn.Linear(before, after), nn.GELU()]
+        self.mlp = nn.Sequential(*layers[:-1])
+        self.last_layer = Prototypes(cfg.bottleneck_dim, cfg.prototypes, cfg.train_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (n, in_dim) -> logits (n, K)."""
+        return self.last_layer(self.mlp(x))
+
+    def init_weights(self) -> None:
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                init_linear(layer)
+        self.last_layer.init_weights()

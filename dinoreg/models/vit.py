@@ -2,8 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinoreg.config import ConfigError
+from dinoreg.models.attention import resolve_backend
+from dinoreg.models.layers import Block, Mlp, SwiGLU
+from dinoreg.models.packing import Packing, draw_kept_rows
+
+
+class Arch(NamedTuple):
+    """Size of a transformer."""
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float = 4.0
+
+
+ARCHS = {
+    "vit_tiny": Arch(192, 12, 3),
+    "vit_small": Arch(384, 12, 6),
+    "vit_base": Arch(768, 12, 12),
+    "vit_large": Arch(1024, 24, 16),
+    "vit_huge": Arch(1280, 32, 16),
+    "vit_so400m": Arch(1152, 27, 16, 4304 / 1152),  # "shape-optimised" (Alabdulmohsin et al. 2023, arXiv 2305.13035)
+    "vit_giant": Arch(1536, 40, 24),
+}
 
 
 @dataclass
@@ -25,3 +55,213 @@ class ModelConfig:
     pos_antialias: bool = True  # resample position embeddings with antialiasing (registers paper, appendix A)
     pos_offset: float = 0.0  # DINOv2 without registers resampled with 0.1
     init_from: str | None = None  # weights to start from: file, Hugging Face folder, timm or DINOv2 state dict
+
+    @property
+    def size(self) -> Arch:
+        """`arch` with its overrides."""
+        base = ARCHS[self.arch]
+        return Arch(
+            self.embed_dim or base.embed_dim,
+            self.depth or base.depth,
+            self.num_heads or base.num_heads,
+            base.mlp_ratio,
+        )
+
+    @property
+    def ffn_hidden(self) -> int:
+        """Hidden width of the feed-forward layers."""
+        hidden = round(self.size.embed_dim * self.size.mlp_ratio)
+        return SwiGLU.hidden_size(hidden) if self.ffn == "swiglu" else hidden
+
+    def check(self) -> None:
+        """Raises ConfigError for what cannot be built."""
+        dim, depth, heads, _ = self.size
+        if min(dim, depth, heads) < 1:
+            raise ConfigError("width, depth and heads must be positive", key="embed_dim")
+        if dim % heads:
+            raise ConfigError(f"{heads} heads do not divide the width {dim}", key="num_heads")
+        if self.patch_size < 1 or self.image_size % self.patch_size:
+            raise ConfigError(
+                f"patches of {self.patch_size} pixels do not tile images of {self.image_size}", key="patch_size"
+            )
+        if self.in_channels < 1:
+            raise ConfigError("an image has at least one channel", key="in_channels")
+        if self.num_registers < 0:
+            raise ConfigError("cannot be negative", key="num_registers")
+        if not 0 <= self.drop_path < 1:
+            raise ConfigError(f"{self.drop_path} is not a share in [0, 1)", key="drop_path")
+        if not 0 <= self.pos_offset < 1:
+            raise ConfigError(f"{self.pos_offset} is not in [0, 1): DINOv2's is 0.1", key="pos_offset")
+
+
+@dataclass
+class Features:
+    """What the backbone says about a batch. Register outputs are used by no loss, but kept for those who look inside.
+
+    cls (B, D), registers (B, R, D), patches (B, N, D), row by row, all after the final norm; prenorm (B, 1 + R + N, D)
+    before it, in the order [CLS, registers, patches]; grid: the (h, w) of the N patches.
+    """
+
+    cls: Tensor
+    registers: Tensor
+    patches: Tensor
+    prenorm: Tensor
+    grid: tuple[int, int]
+
+
+class PatchEmbed(nn.Module):
+    """Each non-overlapping square of pixels, linearly, to a token."""
+
+    def __init__(self, patch_size: int, in_channels: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, N, D)."""
+        return self.proj(images.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+
+
+class VisionTransformer(nn.Module):
+    """A ViT whose sequence is [CLS, registers, patches] (Vision Transformers Need Registers, section 2.3).
+
+    Registers join after the position embedding was added and have none. Images of several sizes pass through in one
+    packed sequence, in which each image only sees itself. Construct through `build_vit`.
+    """
+
+    def __init__(self, cfg: ModelConfig, *, attention: str = "auto", drop_path: bool = True) -> None:
+        super().__init__()
+        dim, depth, heads, _ = cfg.size
+        self.config = cfg
+        self.attention = attention
+        self.patch_size = cfg.patch_size
+        self.embed_dim, self.depth, self.num_heads = dim, depth, heads
+        self.num_registers = cfg.num_registers
+        self.in_channels = cfg.in_channels
+        self.grid = (cfg.image_size // cfg.patch_size,) * 2
+        self.drop_rates = _drop_rates(cfg) if drop_path else [0.0] * depth
+
+        self.patch_embed = PatchEmbed(cfg.patch_size, cfg.in_channels, dim)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.grid[0] * self.grid[1], dim))
+        self.mask_token = nn.Parameter(torch.empty(1, dim))
+        # None rather than an empty tensor: optimisers, checkpoints and sharding all stumble over empty parameters.
+        self.register_tokens = nn.Parameter(torch.empty(1, cfg.num_registers, dim)) if cfg.num_registers else None
+        ffn = SwiGLU if cfg.ffn == "swiglu" else Mlp
+        self.blocks = nn.ModuleList(
+            Block(dim, heads, ffn(dim, cfg.ffn_hidden), cfg.layerscale) for _ in range(depth)
+        )  # fmt: skip
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+    def init_weights(self) -> None:
+        """Fill every parameter with DINOv2's initial values, whatever is in it now (also after `to_empty`)."""
+        self.patch_embed.proj.reset_parameters()
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        nn.init.zeros_(self.mask_token)
+        if self.register_tokens is not None:
+            nn.init.normal_(self.register_tokens, std=1e-6)
+        for block in self.blocks:
+            block.init_weights()  # type: ignore[operator]
+        self.norm.reset_parameters()
+
+    def forward(
+        self,
+        images: Sequence[Tensor],
+        masks: Sequence[Tensor | None] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> list[Features]:
+        """Features of batches of images of several sizes, in one pass.
+
+        images: each (B_i, C, H_i, W_i), any float dtype, sides multiples of the patch size. masks: each (B_i, N_i)
+        bool, True where the patch is replaced by the mask token, or None. generator: draws the rows that drop path
+        keeps, here and now, so that recomputation and a second pass with the same seed keep the same.
+        """
+        masks = masks or [None] * len(images)
+        grids = [self._grid_of(batch) for batch in images]
+        tokens = [self._embed(*each) for each in zip(images, masks, grids, strict=True)]
+        packing = Packing.of([(t.shape[0], t.shape[1]) for t in tokens], tokens[0].device)
+        x = torch.cat([t.flatten(0, 1) for t in tokens])
+
+        rates = self.drop_rates if self.training else [0.0] * self.depth
+        backend = resolve_backend(self.attention, x.device, x.dtype, self.embed_dim // self.num_heads)
+        for block, kept in zip(self.blocks, draw_kept_rows(packing, rates, generator, x.dtype), strict=True):
+            x = block(x, packing, backend, kept)
+
+        prenorm, normed = packing.split(x), packing.split(self.norm(x))
+        return [self._features(*each) for each in zip(prenorm, normed, grids, strict=True)]
+
+    def forward_features(self, images: Tensor, masks: Tensor | None = None) -> Features:
+        """Features of one batch (B, C, H, W); see `forward`."""
+        return self([images], [masks])[0]
+
+    def _grid_of(self, images: Tensor) -> tuple[int, int]:
+        _, channels, height, width = images.shape
+        if channels != self.in_channels:
+            raise ValueError(f"images have {channels} channels, the model takes {self.in_channels}")
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(f"images of {height} x {width} pixels are not tiled by patches of {self.patch_size}")
+        return height // self.patch_size, width // self.patch_size
+
+    def _embed(self, images: Tensor, mask: Tensor | None, grid: tuple[int, int]) -> Tensor:
+        """Tokens of one batch (B, 1 + R + N, D)."""
+        patches = self.patch_embed(images)
+        cls_pos, patch_pos = self._position(grid)
+        cls = self.cls_token + cls_pos
+        if mask is not None:
+            patches = torch.where(mask[..., None], self.mask_token, patches)
+        elif self.training:
+            # In a step without masks the token's gradient is then zero instead of absent, the same on every rank.
+            cls = cls + 0 * self.mask_token
+        count = len(patches)
+        parts = [cls.expand(count, -1, -1), patches + patch_pos]
+        if self.register_tokens is not None:
+            parts.insert(1, self.register_tokens.expand(count, -1, -1))
+        return torch.cat(parts, dim=1)
+
+    def _position(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Position embeddings of CLS (1, 1, D) and of a grid of patches (1, h * w, D)."""
+        cls_pos, patch_pos = self.pos_embed[:, :1], self.pos_embed[:, 1:]
+        if grid != self.grid:
+            patch_pos = resample_positions(
+                patch_pos, self.grid, grid, antialias=self.config.pos_antialias, offset=self.config.pos_offset
+            )
+        return cls_pos, patch_pos
+
+    def _features(self, prenorm: Tensor, normed: Tensor, grid: tuple[int, int]) -> Features:
+        first = 1 + self.num_registers
+        return Features(normed[:, 0], normed[:, 1:first], normed[:, first:], prenorm, grid)
+
+
+def build_vit(cfg: ModelConfig, *, attention: str = "auto", drop_path: bool = True) -> VisionTransformer:
+    """A network of this architecture with uninitialised weights: call `init_weights` or load some.
+
+    Under `torch.device("meta")` it takes no memory. drop_path=False builds the teacher.
+    """
+    cfg.check()
+    return VisionTransformer(cfg, attention=attention, drop_path=drop_path)
+
+
+def resample_positions(
+    positions: Tensor, old: tuple[int, int], new: tuple[int, int], *, antialias: bool, offset: float = 0.0
+) -> Tensor:
+    """Position embeddings (1, h * w, D) of one grid, for another one, bicubically and in fp32.
+
+    With an offset the grids are related by the factor (new + offset) / old instead of new / old. It was meant against
+    rounding, and DINOv2's models without registers were trained and are used with 0.1 (and without antialiasing).
+    """
+    image = positions.float().unflatten(1, old).permute(0, 3, 1, 2)
+    where: dict[str, tuple[float, ...]] = (
+        {"scale_factor": tuple((n + offset) / o for n, o in zip(new, old, strict=True))} if offset else {"size": new}
+    )
+    image = F.interpolate(image, mode="bicubic", align_corners=False, antialias=antialias, **where)  # type: ignore[arg-type]
+    if image.shape[-2:] != new:
+        raise ValueError(f"pos_offset {offset} makes a grid of {tuple(image.shape[-2:])} instead of {new}: choose less")
+    return image.flatten(2).transpose(1, 2).to(positions.dtype)
+
+
+def _drop_rates(cfg: ModelConfig) -> list[float]:
+    """Drop path's rate in each block."""
+    depth = cfg.size.depth
+    if cfg.drop_path_shape == "uniform" or depth == 1:
+        return [cfg.drop_path] * depth
+    return [cfg.drop_path * block / (depth - 1) for block in range(depth)]

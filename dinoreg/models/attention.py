@@ -1,0 +1,121 @@
+"""Attention within each sequence of a packed tensor, by whichever kernel the machine has.
+
+Three backends compute the same function. "xformers": memory-efficient attention under a block-diagonal mask, one kernel
+for all resolutions. "varlen": torch's own variable-length flash attention, likewise one kernel, half precision only.
+"sdpa": scaled_dot_product_attention once for each resolution; runs everywhere.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinoreg.models.packing import Packing
+
+log = logging.getLogger(__name__)
+
+PREFERENCE = ("xformers", "varlen", "sdpa")
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, packing: Packing, backend: str) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v, each token seeing the tokens of its own sequence.
+
+    q, k, v: (T, heads, head_dim), laid out as `packing` says; backend: a name that `resolve_backend` returned.
+    Returns (T, heads, head_dim).
+    """
+    return _BACKENDS[backend](q, k, v, packing)
+
+
+@lru_cache(maxsize=64)  # a decision is taken, and said, once a kind of tensor
+def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int = 64) -> str:
+    """The backend to use for `name` ("auto" or one of PREFERENCE) on tensors of this kind.
+
+    Raises ValueError, saying why, when a backend is asked for by name and cannot run.
+    """
+    if name != "auto":
+        if name not in PREFERENCE:
+            raise ValueError(f"attention={name} is not known: choose auto, {', '.join(PREFERENCE)}")
+        if why := unusable(name, device, dtype, head_dim):
+            raise ValueError(f"attention={name} cannot be used: {why}; attention=auto chooses what can")
+        return name
+    refusals = []
+    for candidate in PREFERENCE:
+        if not (why := unusable(candidate, device, dtype, head_dim)):
+            break
+        refusals.append(f"{candidate}: {why}")
+    because = f" ({'; '.join(refusals)})" if refusals else ""
+    log.info("attention on %s in %s: %s%s", device.type, str(dtype).removeprefix("torch."), candidate, because)
+    return candidate
+
+
+def unusable(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """Why a backend cannot run on such tensors, in a few words; empty when it can."""
+    if name == "sdpa":
+        return ""
+    if device.type != "cuda":
+        return f"it has no operator for {device.type.upper()} tensors"
+    if name == "varlen" and dtype not in (torch.bfloat16, torch.float16):
+        return f"its kernels take bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    return _try_out(name, device, dtype, head_dim)
+
+
+def _try_out(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """Run two short sequences forward and backward: no list of versions and chips is as reliable."""
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            q, k, v = torch.zeros(24, 3, 2, head_dim, device=device, dtype=dtype).requires_grad_().unbind(1)
+            attend(q, k, v, Packing.of([(1, 8), (2, 8)], device), name).sum().backward()
+    except ImportError as error:
+        return f"{error.name} is not installed (pip install 'dinoreg[cuda]')" if error.name else _first_line(error)
+    except (RuntimeError, NotImplementedError, AttributeError, ValueError, AssertionError) as error:
+        return _first_line(error)
+    return ""
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+    out = []
+    for parts in zip(packing.split(q), packing.split(k), packing.split(v), strict=True):
+        query, key, value = (part.transpose(1, 2) for part in parts)  # (b, heads, n, head_dim)
+        out.append(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(0, 1))
+    return torch.cat(out)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn  # torch >= 2.10
+
+    ends, longest = packing.boundaries, packing.longest
+    return varlen_attn(q, k, v, ends, ends, longest, longest)  # type: ignore[return-value]
+
+
+@torch.compiler.disable(reason="the mask is a Python object, cached by layout")
+def _xformers(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+    # Imported here only: on a machine without its kernels the import alone prints warnings.
+    from xformers.ops import memory_efficient_attention
+
+    mask = _block_diagonal_mask(packing.groups, q.device)
+    return memory_efficient_attention(q[None], k[None], v[None], attn_bias=mask)[0]
+
+
+@lru_cache(maxsize=16)  # building one copies to the device; a run uses a handful of layouts, again and again
+def _block_diagonal_mask(groups: tuple[tuple[int, int], ...], device: torch.device) -> Any:
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    lengths = [tokens for count, tokens in groups for _ in range(count)]
+    return BlockDiagonalMask.from_seqlens(lengths, device=device)
+
+
+_BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Packing], Tensor]] = {
+    "xformers": _xformers,
+    "varlen": _varlen,
+    "sdpa": _sdpa,
+}

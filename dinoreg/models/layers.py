@@ -1,0 +1,128 @@
+"""The parts of a transformer block, working on packed (T, D) tokens. Parameter names are those of DINOv2's files."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinoreg.models.attention import attend
+from dinoreg.models.packing import KeptRows, Packing
+
+
+def init_linear(layer: nn.Linear) -> None:
+    """Weights normal with std 0.02 cut at +-2 (in effect uncut), bias zero: the initialisation of DINO and DINOv2."""
+    nn.init.trunc_normal_(layer.weight, std=0.02)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention within each sequence."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def query_key_value(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x (T, D) -> three (T, heads, head_dim)."""
+        return self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
+
+    def forward(self, x: Tensor, packing: Packing, backend: str) -> Tensor:
+        q, k, v = self.query_key_value(x)
+        return self.proj(attend(q, k, v, packing, backend).flatten(1))
+
+    def init_weights(self) -> None:
+        init_linear(self.qkv)
+        init_linear(self.proj)
+
+
+class Mlp(nn.Module):
+    """Two layers with a GELU between them."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+    def init_weights(self) -> None:
+        init_linear(self.fc1)
+        init_linear(self.fc2)
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(x w1) * x w2), w1 and w2 in one matrix (Shazeer 2020, arXiv 2002.05202, eq. 6)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(dim, 2 * hidden)
+        self.w3 = nn.Linear(hidden, dim)
+
+    @staticmethod
+    def hidden_size(mlp_hidden: int) -> int:
+        """Two thirds of the MLP's width, rounded up to a multiple of 8: three matrices cost what the MLP's two do."""
+        return (mlp_hidden * 2 // 3 + 7) // 8 * 8
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+    def init_weights(self) -> None:
+        init_linear(self.w12)
+        init_linear(self.w3)
+
+
+class LayerScale(nn.Module):
+    """A learnt gain for each channel of a residual branch (CaiT, section 2)."""
+
+    def __init__(self, dim: int, initial: float) -> None:
+        super().__init__()
+        self.initial = initial
+        self.gamma = nn.Parameter(torch.full((dim,), initial))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+    def init_weights(self) -> None:
+        nn.init.constant_(self.gamma, self.initial)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then feed-forward, each added to the residual stream."""
+
+    def __init__(self, dim: int, num_heads: int, ffn: Mlp | SwiGLU, layerscale: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.ls1: nn.Module = LayerScale(dim, layerscale) if layerscale else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = ffn
+        self.ls2: nn.Module = LayerScale(dim, layerscale) if layerscale else nn.Identity()
+
+    def forward(self, x: Tensor, packing: Packing, backend: str, kept: KeptRows | None = None) -> Tensor:
+        """x (T, D) -> (T, D). With `kept`, only those rows go through the branches; the others pass unchanged."""
+        if kept is None:
+            x = x + self.attention_branch(x, packing, backend)
+            return x + self.ffn_branch(x)
+        branch = self.attention_branch(x.index_select(0, kept.attention), kept.packing, backend)
+        x = x.index_add(0, kept.attention, branch * kept.gain)
+        branch = self.ffn_branch(x.index_select(0, kept.ffn))
+        return x.index_add(0, kept.ffn, branch * kept.gain)
+
+    def attention_branch(self, x: Tensor, packing: Packing, backend: str) -> Tensor:
+        return self.ls1(self.attn(self.norm1(x), packing, backend))
+
+    def ffn_branch(self, x: Tensor) -> Tensor:
+        return self.ls2(self.mlp(self.norm2(x)))
+
+    def init_weights(self) -> None:
+        self.norm1.reset_parameters()
+        self.norm2.reset_parameters()
+        for part in (self.attn, self.mlp, self.ls1, self.ls2):
+            if not isinstance(part, nn.Identity):
+                part.init_weights()  # type: ignore[operator]
