@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dinoreg.config import ConfigError
 from dinoreg.parallel.mesh import Ranks
 
 if TYPE_CHECKING:
@@ -31,6 +32,21 @@ class MonitorConfig:
     knn_test: str | None = None  # labelled folder or shards that the k-NN classifies; default: a held-out fifth
     knn_every: int = 0  # steps; 0: never
     knn_k: int = 20
+
+    def check(self) -> None:
+        """Raises ConfigError on what cannot be measured."""
+        if self.every < 1:
+            raise ConfigError("must be at least 1", key="every")
+        if self.outlier_norm < 0:
+            raise ConfigError("a norm is not negative", key="outlier_norm")
+        if self.knn_every < 0:
+            raise ConfigError("must be 0 (never) or a number of steps", key="knn_every")
+        if self.knn_every and self.knn_train is None:
+            raise ConfigError(
+                "a k-NN needs monitor.knn_train, a folder of class folders or labelled shards", key="knn_every"
+            )
+        if self.knn_k < 1:
+            raise ConfigError("must be at least 1", key="knn_k")
 
 
 @torch.no_grad()

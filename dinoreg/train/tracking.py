@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
+from dinoreg.config import ConfigError
+
 RUN_ID_FILE = "wandb_id.txt"
 NETWORK_PATIENCE = 5.0  # seconds to wait for any answer of the server before going offline
 
@@ -29,6 +31,11 @@ class TrackingConfig:
     project: str = "dinoreg"
     name: str | None = None  # default: the run directory's name
     pictures_every: int = 1000  # steps between pictures of crops and attention; 0 for none
+
+    def check(self) -> None:
+        """Raises ConfigError on a number of steps that is none."""
+        if self.pictures_every < 0:
+            raise ConfigError("must be 0 (never) or a number of steps", key="pictures_every")
 
 
 class Tracker:

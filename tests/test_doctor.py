@@ -1,0 +1,160 @@
+"""Every failure is named, and a healthy run is left in peace: on invented histories and on real runs with a fault."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from dinoreg.train.doctor import diagnose
+
+LN_K = math.log(4096)
+Record = dict[str, float]
+
+
+def ease(step: float, start: float, end: float, pace: float = 400) -> float:
+    """From start towards end, most of it within `pace` steps."""
+    return end + (start - end) * math.exp(-step / pace)
+
+
+def healthy(step: int) -> Record:
+    """A ViT-S with 4096 prototypes and a batch of 64, as such runs look."""
+    entropy = ease(step, LN_K - 0.01, 3.5)
+    loss = ease(step, LN_K + 0.05, 5.0)
+    return {
+        "step": step,
+        "images": 64 * step,
+        "loss/total": 2 * loss,
+        "loss/dino_global": loss,
+        "plateau/dino": LN_K,
+        "teacher/entropy": entropy,
+        "teacher/marginal_entropy": LN_K - 0.2,
+        "teacher/kl": loss - entropy,
+        "teacher/student_cosine": 0.9,
+        "teacher/ema_distance": ease(step, 0.0, 0.05),
+        "prototypes/perplexity": 3300.0,
+        "prototypes/dead_share": 0.1,
+        "prototypes/samples": 128,
+        "features/rankme": ease(step, 1.2, 40.0),
+        "features/rank_limit": 128,
+        "features/cls_std": ease(step, 0.01, 0.7),
+        "features/cls_cosine": ease(step, 0.9999, 0.5),
+        "grad_norm/backbone": 0.5,
+        "lr": 1e-3,
+        "throughput/data_wait_share": 0.05,
+        "data/bad": 0.0,
+    }
+
+
+def run(
+    change: Callable[[int], Record] | None = None, steps: int = 200, every: int = 10, **fixed: float
+) -> list[Record]:
+    return [{**healthy(s), **(change(s) if change else {}), **fixed} for s in range(every, steps + 1, every)]
+
+
+def slashed(values: dict[str, float]) -> dict[str, Any]:
+    return {name.replace("__", "/"): value for name, value in values.items()}
+
+
+def names(history: list[Record]) -> list[str]:
+    return [finding.name for finding in diagnose(history)]
+
+
+@pytest.mark.parametrize("steps", [0, 10, 50, 100, 150, 200, 1000, 5000])
+@pytest.mark.parametrize("every", [10, 100])
+def test_a_healthy_run_is_left_in_peace(steps: int, every: int) -> None:
+    assert names(run(steps=steps, every=every)) == []
+
+
+def test_the_beginning_of_a_long_warmup_is_left_in_peace() -> None:
+    """For its first hundreds of steps a network with a small learning rate stays where initialisation put it."""
+    for steps in range(10, 900, 10):
+        history = run(lambda step: {**healthy(step // 100), "step": step, "lr": 1e-7 * step}, steps=steps)
+        assert names(history) == [], steps
+
+
+def test_slow_improvement_is_improvement() -> None:
+    slow = run(lambda step: slashed({"features__cls_std": 1e-4 * step, "features__rankme": 1 + 1e-3 * step}))
+    assert names(slow) == []
+
+
+SPREAD = {"features__cls_std": 0.6}
+UNTRAINED = {"loss__dino_global": LN_K, "teacher__entropy": LN_K, "features__cls_std": 0.01, "features__rankme": 1.1}
+FAULTS: dict[str, tuple[str, dict[str, float]]] = {
+    "same features": ("constant output", {"features__cls_std": 1e-3, "features__cls_cosine": 0.999999}),
+    "same targets": (
+        "constant output",
+        {"teacher__entropy": 0.01, "teacher__marginal_entropy": 0.02, "prototypes__perplexity": 1.02},
+    ),
+    "one direction": ("rank collapse", {"features__rankme": 1.3, **SPREAD}),
+    "uniform": ("uniform output", {"teacher__entropy": LN_K - 0.02, "loss__dino_global": LN_K, **SPREAD}),
+    "dead": ("dead prototypes", {"prototypes__dead_share": 0.8}),
+    "stuck": ("loss stuck at ln K", {"loss__dino_global": LN_K}),
+    "no learning rate": (
+        "loss stuck at ln K",
+        {"lr": 0.0, "teacher__ema_distance": 0.0, **UNTRAINED},
+    ),
+    "no gradient": (
+        "loss stuck at ln K",
+        {"grad_norm__backbone": 0.0, **UNTRAINED},
+    ),
+    "teacher shared": ("teacher is student", {"teacher__ema_distance": 0.0}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_is_named_within_200_steps_and_only_it(fault: str) -> None:
+    name, values = FAULTS[fault]
+    history = run(**slashed(values))
+    assert names(history) == [name]
+    (finding,) = diagnose(history)
+    assert all((finding.what, finding.cause, finding.remedy)) and "\n" not in str(finding)
+
+
+def test_a_fault_that_comes_later_is_named_then() -> None:
+    broken = run(
+        lambda step: slashed({"features__cls_std": 1e-4, "features__cls_cosine": 1.0}) if step > 2000 else {}, 2150
+    )
+    assert names([record for record in broken if record["step"] <= 2000]) == []
+    assert names(broken) == ["constant output"]
+
+
+def test_monitors_may_be_rarer_than_losses() -> None:
+    history = run(**slashed({"loss__dino_global": LN_K}), steps=400)
+    rare = [r if r["step"] % 100 == 0 else {k: r[k] for k in ("step", "loss/total", "lr")} for r in history]
+    assert names(rare) == ["loss stuck at ln K"]
+
+
+def test_a_small_batch_cannot_show_dead_prototypes() -> None:
+    assert names(run(**slashed({"prototypes__dead_share": 0.99, "teacher__entropy": 2.0}))) == []
+
+
+def test_a_high_but_falling_loss_is_not_stuck() -> None:
+    assert names(run(lambda step: {"loss/dino_global": LN_K * 1.5 - 0.001 * step})) == []
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_broken_numbers_come_first_and_at_once(value: float) -> None:
+    history = run(steps=20)
+    history[-1] = {**history[-1], "loss/koleo": value, "throughput/mfu": math.nan}
+    history.append({"step": 20.0, "knn/top1": 0.5})
+    (finding,) = diagnose(history)
+    assert finding.name == "non-finite numbers" and "loss/koleo" in finding.what and "mfu" not in finding.what
+
+
+def test_the_rest() -> None:
+    assert names(run(**slashed({"throughput__data_wait_share": 0.6}))) == ["data starving"]
+    assert names(run(lambda step: {"data/bad": 2.0 * step})) == ["bad samples"]
+    assert names(run(lambda step: {"data/bad": 0.1 * step})) == []
+
+
+def test_knn_that_falls_below_its_start() -> None:
+    def scored(*scores: float) -> list[Record]:
+        history = run()
+        return history + [{"step": 200.0 + i, "knn/top1": score} for i, score in enumerate(scores)]
+
+    assert names(scored(0.7, 0.5, 0.4)) == ["k-NN below its start"]
+    assert names(scored(0.7, 0.5, 0.75)) == []
+    assert names(scored(0.7, 0.5)) == []  # one dip is no trend
