@@ -28,3 +28,40 @@ def generator(seed: int, purpose: Purpose, number: int, attempt: int = 0) -> np.
     key = np.array([seed % 2**64, int(purpose)], dtype=np.uint64)
     counter = np.array([0, 0, number, attempt], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+ROUNDS = 6
+WORD = 2**64 - 1
+
+
+def permute(index: int, size: int, key: int) -> int:
+    """Where `index` goes in a pseudo-random permutation of range(size), chosen by `key`, in O(1) memory.
+
+    A balanced Feistel network on the next even number of bits; values beyond `size` go through it again until they
+    fall inside (cycle walking: Black and Rogaway 2002), at most four times on average.
+    """
+    half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for turn in range(ROUNDS):
+            left, right = right, left ^ (mix64(key ^ (turn << 56) ^ right) & mask)
+        index = (left << half) | right
+        if index < size:
+            return index
+
+
+def mix64(value: int) -> int:
+    """A bijective hash of 64 bits (the finaliser of SplitMix64: Steele et al. 2014)."""
+    value = (value + 0x9E3779B97F4A7C15) & WORD
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & WORD
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & WORD
+    return value ^ (value >> 31)
+
+
+def make_key(*numbers: int) -> int:
+    """One 64-bit key of several integers, order counting."""
+    key = 0
+    for number in numbers:
+        key = mix64(key ^ (number & WORD))
+    return key

@@ -22,6 +22,10 @@ ORIENTATION = 0x0112  # the EXIF tag
 TRANSPOSED = frozenset((5, 6, 7, 8))  # its values that exchange width and height
 
 
+class DataError(RuntimeError):
+    """The data cannot be trained on; the message is one line for people."""
+
+
 class BadImage(Exception):
     """An image that cannot be used. `reason` is one of REASONS."""
 

@@ -1,0 +1,199 @@
+"""Folders, tar shards and streams as one endless, shuffled, weighted sequence of encoded images."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from braceexpand import braceexpand
+
+from dinoreg.config import ConfigError
+from dinoreg.data.counter import Purpose, generator, make_key, permute
+from dinoreg.data.order import LEAST_SHARE, EpochOrder, Mixture
+from dinoreg.data.stored import Source, open_stored
+from dinoreg.data.streams import Stream, is_streamed
+
+if TYPE_CHECKING:
+    from dinoreg.data.loader import DataConfig
+
+
+class Collection:
+    """Sources that are shuffled together: every sample once a pass."""
+
+    def __init__(self, sources: Sequence[Source], window: int) -> None:
+        self.sources = list(sources)
+        self.window = window
+        sizes = [source.chunk_sizes() for source in self.sources]
+        self._chunk_sizes = np.concatenate(sizes)
+        self._chunk_source = np.repeat(np.arange(len(sizes)), [len(part) for part in sizes])
+        self._chunk_start = np.concatenate([np.cumsum(part) - part for part in sizes])
+
+    def __len__(self) -> int:
+        return int(self._chunk_sizes.sum())
+
+    def order(self, key: int) -> EpochOrder:
+        """The order of all passes."""
+        return EpochOrder(self._chunk_sizes, self.window, key)
+
+    def at(self, order: EpochOrder, number: int) -> tuple[Source, int]:
+        """The number-th sample ever, as a source and an index in it."""
+        epoch, chunk, place = order.locate(number)
+        which = int(self._chunk_source[chunk])
+        source = self.sources[which]
+        index = int(self._chunk_start[chunk]) + place
+        if source.scattered:
+            index = permute(index, len(source), make_key(order.key, epoch, which))
+        return source, index
+
+    def pick(self, place: int) -> tuple[Source, int]:
+        """The place-th sample in storage order."""
+        for source in self.sources:
+            if place < len(source):
+                return source, place
+            place -= len(source)
+        raise IndexError(place)
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """Shards without random access, and how many samples are held to shuffle them."""
+
+    urls: list[str]
+    buffer: int
+
+
+class Sources:
+    """All that `data.sources` names. num_samples: images in one pass, None where something can only be streamed."""
+
+    def __init__(self, parts: Sequence[Collection | Streamed], weights: Sequence[float]) -> None:
+        self.parts = list(parts)
+        self.weights = list(weights)
+
+    @property
+    def num_samples(self) -> int | None:
+        """Images in one pass over everything."""
+        sizes = [len(part) for part in self.parts if isinstance(part, Collection)]
+        return sum(sizes) if len(sizes) == len(self.parts) else None
+
+
+class Entry(Protocol):
+    """An encoded image that is about to be read. `where`: its shard or folder, and its key."""
+
+    def read(self) -> bytes: ...
+    def where(self) -> tuple[str, str]: ...
+
+
+@dataclass(frozen=True)
+class StoredEntry:
+    """A sample of a source with random access."""
+
+    source: Source
+    index: int
+
+    def read(self) -> bytes:
+        """Raises BadImage."""
+        return self.source.read(self.index)
+
+    def where(self) -> tuple[str, str]:
+        """(shard or folder, key)."""
+        return self.source.locate(self.index)
+
+
+class Reader:
+    """Encoded images by global sample number, for one consumer (a worker of a rank) out of all.
+
+    What is stored depends on (seed, number) alone. What is streamed depends on `start` (the step at which the run began
+    or went on) and on the consumer too: streams have no positions.
+    """
+
+    def __init__(self, sources: Sources, seed: int, start: int = 0, consumer: int = 0, consumers: int = 1) -> None:
+        self.parts, self.seed = sources.parts, seed
+        self.mixture = Mixture(sources.weights, seed)
+        self.orders: list[EpochOrder | Stream] = []
+        for number, part in enumerate(self.parts):
+            if isinstance(part, Collection):
+                self.orders.append(part.order(make_key(seed, number)))
+            else:
+                key = make_key(seed, number, start)
+                self.orders.append(Stream(part.urls, part.buffer, key, consumer, consumers))
+
+    def entry(self, number: int, attempt: int = 0) -> Entry:
+        """Sample `number`; from attempt 1 on, what stands in for it where it is bad: any other of the same part."""
+        which, turn = self.mixture.assign(number) if len(self.parts) > 1 else (0, number)
+        part, order = self.parts[which], self.orders[which]
+        if isinstance(order, Stream):
+            return order.next()
+        assert isinstance(part, Collection)
+        if attempt:
+            place = generator(self.seed, Purpose.REPLACE, number, attempt).integers(len(part))
+            return StoredEntry(*part.pick(int(place)))
+        return StoredEntry(*part.at(order, turn))
+
+
+def open_sources(cfg: DataConfig) -> Sources:
+    """Lists folders and indexes shards. Raises ConfigError where there is nothing, or nothing usable, to read."""
+    entries = [cfg.sources] if isinstance(cfg.sources, str) else list(cfg.sources)
+    if not entries:
+        raise ConfigError(
+            "names no images: give a folder, tar shards or URLs, as in data.sources=[photos]", "data.sources"
+        )
+    weighted = [entry for entry in entries if not isinstance(entry, str)]
+    if not weighted:
+        return Sources(_collect(entries, cfg), [1.0])
+    if len(weighted) < len(entries):
+        raise ConfigError("either every source has a weight or none", "data.sources")
+    paths, weights = zip(*(_weighted(entry) for entry in weighted), strict=True)
+    if min(weights) < LEAST_SHARE * sum(weights):
+        raise ConfigError(f"every weight must be at least {LEAST_SHARE} of their sum", "data.sources")
+    return Sources([part for path in paths for part in _collect(path, cfg)], weights)
+
+
+def _weighted(entry: Any) -> tuple[list[str], float]:
+    if not isinstance(entry, Mapping) or set(entry) != {"path", "weight"}:
+        raise ConfigError(f"a source is a path or {{path: ..., weight: ...}}, not {entry!r}", "data.sources")
+    try:
+        weight = float(entry["weight"])
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"the weight of {entry['path']} is not a number: {entry['weight']!r}", "data.sources"
+        ) from None
+    paths = entry["path"]
+    return [paths] if isinstance(paths, str) else list(paths), weight
+
+
+def _collect(paths: Sequence[str], cfg: DataConfig) -> list[Collection | Streamed]:
+    """One part of all the paths."""
+    expanded = [name for path in paths for name in expand(path)]
+    urls = [name for name in expanded if is_streamed(name)]
+    if urls and len(urls) < len(expanded):
+        other = next(name for name in expanded if not is_streamed(name))
+        raise ConfigError(f"give each source a weight: {urls[0]} is streamed and {other} is not", "data.sources")
+    if urls:
+        return [Streamed(urls, cfg.stream_buffer)]
+    return [Collection(open_stored(expanded), cfg.shuffle_window)]
+
+
+def expand(path: str) -> list[str]:
+    """Brace and wildcard patterns, and folders of shards, as single folders, tars and URLs."""
+    if path.startswith("pipe:") or "://" in path:
+        return list(braceexpand(path))
+    found: list[str] = []
+    for name in braceexpand(str(Path(path).expanduser())):
+        matches = sorted(glob.glob(name)) if glob.has_magic(name) else [name]  # noqa: PTH207 (absolute patterns)
+        if not matches or not Path(matches[0]).exists():
+            raise ConfigError(f"no such file or folder: {name}", "data.sources")
+        found += [shard for match in matches for shard in _shards_in(match)]
+    return found
+
+
+def _shards_in(name: str) -> list[str]:
+    """The tars directly in a folder, or the name itself."""
+    if not Path(name).is_dir():
+        return [name]
+    files = sorted(entry.path for entry in os.scandir(name) if not entry.name.startswith("."))
+    return [file for file in files if file.endswith(".tar") or is_streamed(file)] or [name]
