@@ -308,11 +308,16 @@ def _check(config: Any, prefix: str = "") -> None:
 
 
 def _located(message: str, key: str, origins: dict[str, str]) -> ConfigError:
-    """Add where the key, and each other option that the message mentions, was written."""
+    """Add where the option, and each other that the message mentions, was written."""
     words = {key, *re.findall(r"[\w.]*\w", message)}
-    written = [name for name in origins if name in words]
+    section = key.rpartition(".")[0]
+    # A default may only have become wrong because of its neighbours: name the latest of those.
+    neighbours = [name for name in origins if section and name.startswith(f"{section}.")][-3:]
+    written = [name for name in origins if name in words] or neighbours
     if not written:
-        return ConfigError(f"{message} (from the defaults)" if key else message, key=key)
-    if written == [key]:
-        return ConfigError(f"{message} (from {origins[key]})", key=key)
-    return ConfigError(f"{message} ({', '.join(f'{name} from {origins[name]}' for name in written)})", key=key)
+        where = "the defaults" if key else ""
+    elif written == [key]:
+        where = origins[key]
+    else:
+        return ConfigError(f"{message} ({', '.join(f'{name} from {origins[name]}' for name in written)})", key=key)
+    return ConfigError(f"{message} (from {where})" if where else message, key=key)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import reduce
+from typing import Any, Literal
 
+from dinoreg.config import ConfigError
 from dinoreg.data.crops import CropConfig
 from dinoreg.data.loader import DataConfig
 from dinoreg.data.masks import MaskConfig
@@ -15,6 +17,7 @@ from dinoreg.parallel.shard import EfficiencyConfig
 from dinoreg.train.checkpoint import CheckpointConfig
 from dinoreg.train.monitors import MonitorConfig
 from dinoreg.train.optimizer import OptimConfig
+from dinoreg.train.schedules import Schedules, parse_duration
 from dinoreg.train.tracking import TrackingConfig
 
 
@@ -29,6 +32,22 @@ class LoopConfig:
     images: float | None = None
     precision: Literal["bf16", "fp32"] = "bf16"
     log_every: int = 10  # steps; the device is only waited for at these
+
+    def check(self) -> None:
+        given = [key for key in ("steps", "epochs", "images") if getattr(self, key) is not None]
+        if not given:
+            raise ConfigError("give the length of the run: steps, epochs or images", key="steps")
+        if len(given) > 1:
+            raise ConfigError(f"give one of {' and '.join(given)}, and set the other to null", key=given[0])
+        for key in ("batch_size", "accumulate", "log_every"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"must be at least 1, not {getattr(self, key)}", key=key)
+        if getattr(self, given[0]) <= 0:
+            raise ConfigError(f"must be more than 0, not {getattr(self, given[0])}", key=given[0])
+        if self.batch_size % self.accumulate:
+            raise ConfigError(
+                f"{self.accumulate} parts do not divide train.batch_size {self.batch_size}", key="accumulate"
+            )
 
 
 @dataclass
@@ -49,3 +68,119 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def check(self) -> None:
+        """What must hold between parts; each part has checked itself."""
+        _check_bounds(self)
+        _check_images(self)
+        _check_objective(self)
+        _check_lengths(self)
+        if not self.data.sources:
+            raise ConfigError("no images: give folders or shards, data.sources=/path/to/images", key="data.sources")
+
+
+def check_world(config: RunConfig, world: int) -> None:
+    """What must hold between a configuration and the number of processes. Raises ConfigError."""
+    batch, parts = config.train.batch_size, world * config.train.accumulate
+    if batch % parts:
+        raise ConfigError(
+            f"{batch} images are not divided by {world} processes x train.accumulate {config.train.accumulate}; "
+            f"the nearest batch is {max(1, round(batch / parts)) * parts}",
+            key="train.batch_size",
+        )
+
+
+# Bounds, both ends allowed unless a number is said to be left out.
+_SHARES = (
+    "objective.targets.center_momentum",
+    "objective.teacher.momentum",
+    "objective.teacher.momentum_end",
+)
+_POSITIVE = (
+    "objective.targets.temperature",
+    "objective.targets.temperature_start",
+    "objective.targets.student_temperature",
+    "optim.lr",
+    "optim.layer_decay",
+)
+_AT_LEAST = {
+    "seed": 0,
+    "model.layerscale": 0,
+    "objective.dino.weight": 0,
+    "objective.ibot.weight": 0,
+    "objective.koleo.weight": 0,
+    "objective.koleo.group": 0,
+    "objective.targets.sinkhorn_iterations": 1,
+    "optim.lr_end": 0,
+    "optim.lr_reference_batch": 1,
+    "optim.weight_decay": 0,
+    "optim.weight_decay_end": 0,
+    "optim.patch_embed_lr": 0,
+}
+_DURATIONS = ("optim.warmup", "optim.freeze_last_layer", "objective.targets.temperature_warmup")
+
+
+def _get(config: RunConfig, key: str) -> Any:
+    return reduce(getattr, key.split("."), config)
+
+
+def _check_bounds(config: RunConfig) -> None:
+    for key in _SHARES:
+        if not 0 <= _get(config, key) <= 1:
+            raise ConfigError(f"must be between 0 and 1, not {_get(config, key)}", key=key)
+    for key in _POSITIVE:
+        if not _get(config, key) > 0:
+            raise ConfigError(f"must be more than 0, not {_get(config, key)}", key=key)
+    for key, least in _AT_LEAST.items():
+        if _get(config, key) < least:
+            raise ConfigError(f"must be at least {least}, not {_get(config, key)}", key=key)
+    if not all(0 <= beta < 1 for beta in config.optim.betas):
+        raise ConfigError(f"must both be at least 0 and less than 1, not {list(config.optim.betas)}", key="optim.betas")
+
+
+def _check_images(config: RunConfig) -> None:
+    patch = config.model.patch_size
+    sizes = {"crops.global_size": config.crops.global_size}
+    if config.crops.local_count:
+        sizes["crops.local_size"] = config.crops.local_size
+    for key, size in sizes.items():
+        if size % patch:
+            below = size // patch * patch
+            raise ConfigError(
+                f"{size} pixels are not a multiple of model.patch_size {patch}; "
+                f"the nearest are {f'{below} and ' if below else ''}{below + patch}",
+                key=key,
+            )
+    for key in ("mean", "std"):
+        values, channels = getattr(config.photometric, key), config.model.in_channels
+        if len(values) != channels:
+            raise ConfigError(f"has {len(values)} values for model.in_channels {channels}", key=f"photometric.{key}")
+
+
+def _check_objective(config: RunConfig) -> None:
+    objective, batch = config.objective, config.train.batch_size
+    if not objective.dino.weight and not objective.ibot.weight:
+        raise ConfigError("nothing to learn: objective.ibot.weight is 0 too", key="objective.dino.weight")
+    if objective.ibot.weight and not config.masks.probability:
+        raise ConfigError("iBOT needs masks; for none set objective.ibot.weight=0", key="masks.probability")
+    if objective.koleo.weight:
+        group = objective.koleo.group or batch
+        if group < 2:
+            raise ConfigError(
+                f"1 image has no neighbours; train.batch_size is {batch}; or set objective.koleo.weight=0",
+                key="objective.koleo.group",
+            )
+        if batch % group:
+            raise ConfigError(f"{group} does not divide train.batch_size {batch}", key="objective.koleo.group")
+
+
+def _check_lengths(config: RunConfig) -> None:
+    """Lengths that can be compared without knowing how many images there are; the others are when a run starts."""
+    units = {"epoch"} if config.train.epochs is not None else set()
+    for key in _DURATIONS:
+        try:
+            units.add(parse_duration(_get(config, key))[1])
+        except ConfigError as error:
+            raise ConfigError(error.message, key=key) from None
+    if "epoch" not in units:
+        Schedules(config, num_samples=None)
