@@ -26,8 +26,8 @@ class Batch:
 
     global_crops: uint8 (B, 2, C, Hg, Wg); local_crops: uint8 (B, L, C, Hl, Wl); photometric: float32 (B, 2 + L, P),
     the columns of `dinoreg.data.photometric`; masks: bool (B, 2, N), True = hidden from the student; positions: int64
-    (B,), the global sample numbers. `photometric` and `positions` stay on the host: `develop` picks the rows of each
-    operation there, so that the device is never waited for.
+    (B,), the global sample numbers. Only the crops move to the device by `to`: `develop` looks up on the host which rows
+    an operation concerns and which patches are masked, so that the device is never waited for, and sends the result.
     """
 
     global_crops: Tensor
@@ -46,25 +46,25 @@ class Batch:
             self.global_crops.pin_memory(),
             self.local_crops.pin_memory(),
             self.photometric.pin_memory(),
-            self.masks.pin_memory(),
+            self.masks,
             self.positions,
             self.bad,
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The batch with its crops and masks on `device`."""
+        """The batch with its crops on `device`."""
         return Batch(
             self.global_crops.to(device, non_blocking=non_blocking),
             self.local_crops.to(device, non_blocking=non_blocking),
             self.photometric,
-            self.masks.to(device, non_blocking=non_blocking),
+            self.masks,
             self.positions,
             self.bad,
         )
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Tells the allocator that `stream` uses the tensors, which another stream has filled."""
-        for tensor in (self.global_crops, self.local_crops, self.masks):
+        for tensor in (self.global_crops, self.local_crops):
             tensor.record_stream(stream)
 
     def split(self, parts: int) -> list[Batch]:
@@ -81,9 +81,11 @@ class Batch:
 class Crops:
     """Augmented, normalised crops on the device.
 
-    global_crops: float32 (b, 2, C, H, W); local_crops: float32 (b, L, C, h, w); masks: bool (b, 2, N).
+    global_crops: float32 (b, 2, C, H, W); local_crops: float32 (b, L, C, h, w); masks: bool (b, 2, N), True = hidden from
+    the student; masked_index: int64 (m,), where `masks` is True, as rising positions in its b * 2 * N entries.
     """
 
     global_crops: Tensor
     local_crops: Tensor
     masks: Tensor
+    masked_index: Tensor

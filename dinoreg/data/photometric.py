@@ -97,7 +97,7 @@ def _factor(u: NDArray[np.float64], strength: float) -> NDArray[np.float64]:
 
 
 def develop(batch: Batch, cfg: PhotometricConfig) -> Crops:
-    """Jitter, grey, blur, solarise, normalise: a batch of uint8 crops to float crops, on the batch's device.
+    """Jitter, grey, blur, solarise, normalise: a batch of uint8 crops to float crops, on the crops' device.
 
     Raises ValueError when cfg.mean does not have one entry per channel. Never waits for the device.
     """
@@ -108,7 +108,9 @@ def develop(batch: Batch, cfg: PhotometricConfig) -> Crops:
         )
     global_crops = _augment(batch.global_crops, batch.photometric[:, :2], cfg)
     local_crops = _augment(batch.local_crops, batch.photometric[:, 2:], cfg)
-    return Crops(global_crops, local_crops, batch.masks)
+    device = global_crops.device
+    masked_index = batch.masks.flatten().nonzero()[:, 0]
+    return Crops(global_crops, local_crops, _send(batch.masks, device), _send(masked_index, device))
 
 
 def _augment(crops: Tensor, parameters: Tensor, cfg: PhotometricConfig) -> Tensor:
