@@ -12,6 +12,7 @@ from dinoreg.config import ConfigError
 from dinoreg.models.heads import HeadConfig, PrototypeHead
 from dinoreg.models.packing import Packing, draw_kept_rows
 from dinoreg.models.vit import ARCHS, ModelConfig, VisionTransformer, build_vit, resample_positions
+from dinoreg.parallel.shard import checkpoint_blocks
 
 SMALL = ModelConfig(
     arch="vit_tiny", embed_dim=32, depth=3, num_heads=2, patch_size=4, image_size=16, layerscale=0.5, num_registers=4
@@ -167,6 +168,21 @@ def test_drop_path_keeps_the_expectation() -> None:
             total.index_add_(0, kept.attention, branch[kept.attention] * kept.gain)
     ratio = (total / 400 / branch).view(5, -1)[:, 0]
     assert (ratio - 1).abs().max() < 0.15  # the standard error is 0.04
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_recomputed_blocks_keep_the_same_rows(mode: str) -> None:
+    batches = [images(6), images(4, 8, 8)]
+
+    def gradients(model: VisionTransformer) -> list[Tensor]:
+        features = model.train()(batches, generator=torch.Generator().manual_seed(3))
+        sum(f.cls.square().sum() for f in features).backward()  # type: ignore[union-attr]
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    plain, recomputing = make(replace(SMALL, drop_path=0.5)), make(replace(SMALL, drop_path=0.5))
+    checkpoint_blocks(recomputing, mode)
+    for one, other in zip(gradients(plain), gradients(recomputing), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def test_linear_drop_rates() -> None:

@@ -72,7 +72,8 @@ def _try_out(name: str, device: torch.device, dtype: torch.dtype, head_dim: int)
             q, k, v = torch.zeros(24, 3, 2, head_dim, device=device, dtype=dtype).requires_grad_().unbind(1)
             attend(q, k, v, Packing.of([(1, 8), (2, 8)], device), name).sum().backward()
     except ImportError as error:
-        return f"{error.name} is not installed (pip install 'dinoreg[cuda]')" if error.name else _first_line(error)
+        package = (error.name or "").partition(".")[0]
+        return f"{package} is not installed (pip install 'dinoreg[cuda]')" if package else _first_line(error)
     except (RuntimeError, NotImplementedError, AttributeError, ValueError, AssertionError) as error:
         return _first_line(error)
     return ""

@@ -176,23 +176,32 @@ class VisionTransformer(nn.Module):
         bool, True where the patch is replaced by the mask token, or None. generator: draws the rows that drop path
         keeps, here and now, so that recomputation and a second pass with the same seed keep the same.
         """
-        masks = masks or [None] * len(images)
-        grids = [self._grid_of(batch) for batch in images]
-        tokens = [self._embed(*each) for each in zip(images, masks, grids, strict=True)]
-        packing = Packing.of([(t.shape[0], t.shape[1]) for t in tokens], tokens[0].device)
-        x = torch.cat([t.flatten(0, 1) for t in tokens])
-
+        x, packing, grids = self.embed(images, masks)
         rates = self.drop_rates if self.training else [0.0] * self.depth
-        backend = resolve_backend(self.attention, x.device, x.dtype, self.embed_dim // self.num_heads)
+        backend = self.backend(x)
         for block, kept in zip(self.blocks, draw_kept_rows(packing, rates, generator, x.dtype), strict=True):
             x = block(x, packing, backend, kept)
-
         prenorm, normed = packing.split(x), packing.split(self.norm(x))
         return [self._features(*each) for each in zip(prenorm, normed, grids, strict=True)]
 
     def forward_features(self, images: Tensor, masks: Tensor | None = None) -> Features:
         """Features of one batch (B, C, H, W); see `forward`."""
         return self([images], [masks])[0]
+
+    def embed(
+        self, images: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None
+    ) -> tuple[Tensor, Packing, list[tuple[int, int]]]:
+        """What enters the first block: packed tokens (T, D), their layout, and each batch's grid; see `forward`."""
+        grids = [self._grid_of(batch) for batch in images]
+        tokens = [self._embed(*each) for each in zip(images, masks or [None] * len(images), grids, strict=True)]
+        packing = Packing.of([(t.shape[0], t.shape[1]) for t in tokens], tokens[0].device)
+        return torch.cat([t.flatten(0, 1) for t in tokens]), packing, grids
+
+    def backend(self, x: Tensor) -> str:
+        """The attention backend for tokens like `x`; see `resolve_backend`."""
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        return resolve_backend(self.attention, x.device, dtype, self.embed_dim // self.num_heads)
 
     def _grid_of(self, images: Tensor) -> tuple[int, int]:
         _, channels, height, width = images.shape
