@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 REASONS = ("empty", "not-an-image", "truncated", "too-large", "wrong-channels", "missing", "unreachable", "unreadable")
@@ -183,8 +183,3 @@ def _orient(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
     if rows or columns:
         pixels = pixels[:: -1 if rows else 1, :: -1 if columns else 1]
     return np.ascontiguousarray(pixels)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The whole image upright and in RGB, as training would see it."""
-    return Image.fromarray(_to_channels(ImageOps.exif_transpose(image), 3))

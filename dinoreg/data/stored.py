@@ -26,6 +26,7 @@ class Source(Protocol):
     scattered: bool
 
     def __len__(self) -> int: ...
+    def sizes(self) -> NDArray[np.int64]: ...
     def chunk_sizes(self) -> NDArray[np.int64]: ...
     def locate(self, index: int) -> tuple[str, str]: ...
     def read(self, index: int) -> bytes: ...
@@ -47,6 +48,10 @@ class Folder:
 
     def __len__(self) -> int:
         return len(self._ends)
+
+    def sizes(self) -> NDArray[np.int64]:
+        """Bytes of each file."""
+        return np.array([Path(self.root, self.name(i)).stat().st_size for i in range(len(self))], dtype=np.int64)
 
     def chunk_sizes(self) -> NDArray[np.int64]:
         """Chunks of FOLDER_CHUNK files, so that folders and shards share one order."""
@@ -115,6 +120,10 @@ class Shards:
     def __del__(self) -> None:
         for descriptor in getattr(self, "_open", {}).values():
             os.close(descriptor)
+
+    def sizes(self) -> NDArray[np.int64]:
+        """Bytes of each image."""
+        return self._places[:, 1].numpy()
 
     def chunk_sizes(self) -> NDArray[np.int64]:
         """Samples in each tar."""
