@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinoreg.models import attention
+from dinoreg.models import attention, xformers_backend
 from dinoreg.models.attention import attend, resolve_backend
+from dinoreg.models.layers import Block, Mlp
 from dinoreg.models.packing import Packing
 from dinoreg.models.vit import ModelConfig, build_vit
+from dinoreg.parallel.shard import checkpoint_blocks
 
 CPU, F32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
 
@@ -24,7 +26,7 @@ CPU, F32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
 def undecided() -> Iterator[None]:
     """Decisions of one test are not remembered in the next."""
     resolve_backend.cache_clear()
-    attention._block_diagonal_mask.cache_clear()
+    xformers_backend._mask.cache_clear()
     yield
     resolve_backend.cache_clear()
 
@@ -120,32 +122,85 @@ def stand_in(calls: list[Any]) -> dict[str, types.ModuleType]:
             calls.append(lengths)
             return lengths
 
-    def memory_efficient_attention(q: Tensor, k: Tensor, v: Tensor, attn_bias: list[int]) -> Tensor:
+    def scores(q: Tensor, k: Tensor, lengths: list[int]) -> Tensor:
+        ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+        products = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+        return products.masked_fill(ids[:, None] != ids, float("-inf"))
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, attn_bias: list[int]) -> tuple[Tensor, Tensor]:
         if q.dtype == torch.float16:
             raise NotImplementedError("No operator found for this\nand a long explanation")
-        ids = torch.repeat_interleave(torch.arange(len(attn_bias)), torch.tensor(attn_bias))
-        mask = ids[:, None] == ids
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+        logits = scores(q, k, attn_bias)
+        return torch.einsum("bhqk,bkhd->bqhd", logits.softmax(-1), v), logits.float().logsumexp(-1)
 
-    modules["xformers.ops"].memory_efficient_attention = memory_efficient_attention  # type: ignore[attr-defined]
+    def backward(
+        grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, attn_bias: list[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        p = (scores(q, k, attn_bias).float() - lse[..., None]).exp().to(q.dtype)
+        dp = torch.einsum("bqhd,bkhd->bhqk", grad, v) - (grad * out).sum(-1).transpose(1, 2)[..., None]
+        ds = p * dp / q.shape[-1] ** 0.5
+        return (
+            torch.einsum("bhqk,bkhd->bqhd", ds, k),
+            torch.einsum("bhqk,bqhd->bkhd", ds, q),
+            torch.einsum("bhqk,bqhd->bkhd", p, grad),
+        )
+
+    modules["xformers.ops"].memory_efficient_attention = lambda *args, **kw: forward(*args, **kw)[0]  # type: ignore[attr-defined]
+    fmha = modules["xformers.ops.fmha"]
+    fmha.memory_efficient_attention_forward_requires_grad = forward  # type: ignore[attr-defined]
+    fmha.memory_efficient_attention_backward = backward  # type: ignore[attr-defined]
     modules["xformers.ops.fmha.attn_bias"].BlockDiagonalMask = BlockDiagonalMask  # type: ignore[attr-defined]
     return modules
 
 
-def test_xformers_path_with_a_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Same network outputs through the call that xformers gets; its mask is built once a layout."""
+@pytest.fixture
+def masks_built(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The stand-in takes the place of xformers; lists the masks that were built."""
     calls: list[Any] = []
     for name, module in stand_in(calls).items():
         monkeypatch.setitem(sys.modules, name, module)
+    return calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, F32])  # fp32 takes another road than the rest
+def test_xformers_path_with_a_stand_in(masks_built: list[Any], dtype: torch.dtype) -> None:
+    """What xformers is asked gives SDPA's values and gradients; its mask is built once a layout."""
     packing = Packing.of([(2, 5), (3, 2)])
-    q, k, v = torch.randn(packing.tokens, 3, 2, 8, generator=torch.Generator().manual_seed(0)).unbind(1)
-    for _ in range(3):
-        torch.testing.assert_close(
-            attend(q, k, v, packing, "xformers"), attend(q, k, v, packing, "sdpa"), rtol=0, atol=1e-6
-        )
-    assert calls == [[5, 5, 2, 2, 2]]
-    assert attention._try_out("xformers", CPU, F32, 8) == ""
+    qkv = torch.randn(packing.tokens, 3, 2, 8, dtype=dtype, requires_grad=True)
+    results = []
+    for backend in ("xformers", "sdpa", "xformers"):
+        out = attend(*qkv.unbind(1), packing, backend)
+        results.append((out, *torch.autograd.grad(out.square().sum(), qkv)))
+    for one, other in ((results[0], results[1]), (results[2], results[1])):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    assert masks_built == [[5, 5, 2, 2, 2]]
+
+
+def test_xformers_operator_is_well_formed(masks_built: list[Any]) -> None:
+    """Schema, shapes without data, gradient and tracing agree with what it does."""
+    q, k, v = torch.randn(16, 3, 2, 8, dtype=torch.float64, requires_grad=True).unbind(1)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(xformers_backend._attention, (q, k, v, [2, 5, 3, 2]), test_utils=tests)
+
+
+def test_selective_recomputation_keeps_its_output(masks_built: list[Any]) -> None:
+    """The operator's name is one that selective checkpointing saves: it runs once, also in the backward pass."""
+    runs = []
+    forward = sys.modules["xformers.ops.fmha"].memory_efficient_attention_forward_requires_grad
+    counted = lambda *args, **kw: (runs.append(1), forward(*args, **kw))[1]  # noqa: E731
+    sys.modules["xformers.ops.fmha"].memory_efficient_attention_forward_requires_grad = counted  # type: ignore[attr-defined]
+    packing = Packing.of([(2, 5)])
+    block = Block(16, 2, Mlp(16, 32), 1.0).double()
+    block.init_weights()
+    holder = torch.nn.Module()
+    holder.blocks = torch.nn.ModuleList([block])
+    checkpoint_blocks(holder, "selective")
+    block(torch.randn(10, 16, dtype=torch.float64, requires_grad=True), packing, "xformers").sum().backward()
+    assert len(runs) == 1
+
+
+def test_trying_out_tells_the_first_line_of_a_refusal(masks_built: list[Any]) -> None:
+    assert attention._try_out("xformers", CPU, F32, 8) == attention._try_out("xformers", CPU, BF16, 8) == ""
     assert attention._try_out("xformers", CPU, torch.float16, 8) == "No operator found for this"
 
 
@@ -155,13 +210,15 @@ def test_absent_xformers_is_called_absent(monkeypatch: pytest.MonkeyPatch) -> No
     assert "xformers is not installed (pip install 'dinoreg[cuda]')" in attention._try_out("xformers", CPU, BF16, 64)
 
 
-def test_compiled_blocks_equal_eager_ones() -> None:
+@pytest.mark.parametrize("name", ["xformers", "sdpa"])
+def test_compiled_blocks_equal_eager_ones(masks_built: list[Any], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Both kinds of forward, with and without drop path; graphs are captured whole and reused by the next block."""
     from torch._dynamo.testing import CompileCounter
 
+    monkeypatch.setattr(attention, "unusable", lambda *_: "")
     cfg = ModelConfig(embed_dim=32, depth=3, num_heads=2, patch_size=4, image_size=16, layerscale=0.5, drop_path=0.4)
     torch.manual_seed(0)
-    model = build_vit(cfg)
+    model = build_vit(cfg, attention=name).double()
     model.init_weights()
     batches = [torch.randn(4, 3, 16, 16), torch.randn(6, 3, 8, 8)]
 
@@ -176,6 +233,7 @@ def test_compiled_blocks_equal_eager_ones() -> None:
         for one, other in zip(eager, both(), strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
         assert counter.frame_count == 2
+        assert bool(masks_built) == (name == "xformers")
     finally:
         torch._dynamo.reset()
 

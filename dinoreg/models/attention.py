@@ -10,13 +10,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dinoreg.models.packing import Packing
+from dinoreg.models.xformers_backend import xformers_attention
 
 log = logging.getLogger(__name__)
 
@@ -98,25 +98,8 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     return varlen_attn(q, k, v, ends, ends, longest, longest)  # type: ignore[return-value]
 
 
-@torch.compiler.disable(reason="the mask is a Python object, cached by layout")
-def _xformers(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
-    # Imported here only: on a machine without its kernels the import alone prints warnings.
-    from xformers.ops import memory_efficient_attention
-
-    mask = _block_diagonal_mask(packing.groups, q.device)
-    return memory_efficient_attention(q[None], k[None], v[None], attn_bias=mask)[0]
-
-
-@lru_cache(maxsize=16)  # building one copies to the device; a run uses a handful of layouts, again and again
-def _block_diagonal_mask(groups: tuple[tuple[int, int], ...], device: torch.device) -> Any:
-    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
-
-    lengths = [tokens for count, tokens in groups for _ in range(count)]
-    return BlockDiagonalMask.from_seqlens(lengths, device=device)
-
-
 _BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Packing], Tensor]] = {
-    "xformers": _xformers,
+    "xformers": xformers_attention,
     "varlen": _varlen,
     "sdpa": _sdpa,
 }
