@@ -75,8 +75,6 @@ class RunConfig:
         _check_images(self)
         _check_objective(self)
         _check_lengths(self)
-        if not self.data.sources:
-            raise ConfigError("no images: give folders or shards, data.sources=/path/to/images", key="data.sources")
 
 
 def check_world(config: RunConfig, world: int) -> None:

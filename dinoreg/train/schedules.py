@@ -146,23 +146,25 @@ class Schedules:
 
     def describe(self) -> str:
         """Every length as written and in steps: printed once, when a run starts."""
+        return "\n".join(f"{name:<12} {text}" for name, text in self.lines())
+
+    def lines(self) -> list[tuple[str, str]]:
+        """(what, how much) pairs of the description."""
         optim, targets = self.config.optim, self.config.objective.targets
         batch = self.config.train.batch_size
         images = self.total_steps * batch
         passes = f" = {images / self.num_samples:.4g} epochs of {self.num_samples:,}" if self.num_samples else ""
         scaled = "" if self.lr.peak == optim.lr else f" ({optim.lr:g} at batch {optim.lr_reference_batch})"
-        return "\n".join(
-            [
-                f"length       {self.total_steps:,} steps x {batch:,} images = {images:,} images{passes}",
-                f"lr           0 to {self.lr.peak:.4g}{scaled} in {_said(self.lr_warmup, optim.warmup)}, "
-                f"then cosine to {optim.lr_end:g}",
-                f"weight decay {_cosine(self.weight_decay)}",
-                f"momentum     {_cosine(self.momentum)} (of the teacher)",
-                f"temperature  {targets.temperature_start:g} to {targets.temperature:g} in "
-                f"{_said(self.temperature_warmup, targets.temperature_warmup)} (of the teacher)",
-                f"last layers  still for {_said(self.frozen, optim.freeze_last_layer)}",
-            ]
-        )
+        warming = _said(self.lr_warmup, optim.warmup)
+        heating = _said(self.temperature_warmup, targets.temperature_warmup)
+        return [
+            ("length", f"{self.total_steps:,} steps x {batch:,} images = {images:,} images{passes}"),
+            ("lr", f"0 to {self.lr.peak:.4g}{scaled} in {warming}, then cosine to {optim.lr_end:g}"),
+            ("weight decay", _cosine(self.weight_decay)),
+            ("momentum", f"{_cosine(self.momentum)} (of the teacher)"),
+            ("temperature", f"{targets.temperature_start:g} to {targets.temperature:g} in {heating} (of the teacher)"),
+            ("prototypes", f"still for {_said(self.frozen, optim.freeze_last_layer)}"),
+        ]
 
 
 def _said(steps: int, duration: int | float | str) -> str:

@@ -1,0 +1,179 @@
+"""How much arithmetic a step costs, from the formulas of the layers and, as a check, from a trace.
+
+One multiplication with its addition counts as two operations. Only matrix products, convolutions and attention count:
+what remains is bound by memory, and is not what a GPU's peak is quoted for.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import warnings
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dinoreg.data.masks import block_counts, block_size
+from dinoreg.models.heads import HeadConfig, PrototypeHead
+from dinoreg.models.vit import ModelConfig, VisionTransformer, build_vit
+from dinoreg.train.recipe import RunConfig
+
+# bf16 without sparsity, operations a second, from the vendors' data sheets; the first pattern that fits counts.
+_PEAKS = (
+    (r"GB200|B200|GB300|B300", 2250e12),
+    (r"GH200|H200|H100.*(SXM|80GB HBM3)|H800", 989e12),
+    (r"H100.*NVL", 835e12),
+    (r"H100", 756e12),  # PCIe
+    (r"A100|A800", 312e12),
+    (r"L40S", 362e12),
+    (r"L40", 181e12),
+    (r"L4\b", 121e12),
+    (r"A40|A6000", 150e12),
+    (r"A10G", 70e12),
+    (r"A10\b", 125e12),
+    (r"V100", 125e12),  # fp16: it has no bf16
+    (r"T4\b", 65e12),  # fp16
+    (r"RTX 5090", 210e12),
+    (r"RTX 4090", 165e12),
+    (r"RTX 3090", 71e12),
+)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's bf16 peak in operations a second, or None where unknown (CPUs: it depends on too much)."""
+    if device.type != "cuda":
+        return None
+    return peak_of(torch.cuda.get_device_name(device))
+
+
+def peak_of(name: str) -> float | None:
+    """The bf16 peak of a GPU by its name, None where unknown: better no utilisation than a wrong one."""
+    if "MIG" in name:  # a slice of a GPU
+        return None
+    return next((peak for pattern, peak in _PEAKS if re.search(pattern, name)), None)
+
+
+def step_flops(config: RunConfig) -> tuple[float, float]:
+    """(nominal, executed) operations that training spends on one source image.
+
+    The student goes forward and backward (3 times its forward) through all crops, the teacher forward through the
+    global ones. "Executed" leaves out the rows that drop path skips; recomputed activations count in neither.
+    """
+    kept = kept_share(config.model)
+    heads = 3 * _head_flops(config, config.crops.local_count + 2) + _head_flops(config, 2)
+    crops = sequences(config)
+    embedding = sum(count * _embedding_flops(config.model, patches) for count, patches in crops)
+    blocks = sum(count * _blocks_flops(config.model, patches) for count, patches in crops)
+    student = 3 * embedding, 3 * blocks
+    count, patches = crops[0]
+    teacher = count * (_embedding_flops(config.model, patches) + _blocks_flops(config.model, patches))
+    return sum(student) + teacher + heads, student[0] + kept * student[1] + teacher + heads
+
+
+def sequences(config: RunConfig) -> list[tuple[int, int]]:
+    """(crops of one image, patches of each) for the global and the local crops."""
+    sizes = [(2, config.crops.global_size), (config.crops.local_count, config.crops.local_size)]
+    return [(count, (size // config.model.patch_size) ** 2) for count, size in sizes]
+
+
+def kept_share(model: ModelConfig) -> float:
+    """Share of rows that a residual branch sees, averaged over blocks: both shapes of drop path are lines."""
+    return 1 - (model.drop_path if model.drop_path_shape == "uniform" or model.size.depth == 1 else model.drop_path / 2)
+
+
+def _embedding_flops(model: ModelConfig, patches: int) -> float:
+    return 2.0 * patches * model.patch_size**2 * model.in_channels * model.size.embed_dim
+
+
+def _blocks_flops(model: ModelConfig, patches: int) -> float:
+    """All blocks, forward, for one sequence."""
+    tokens, dim = 1 + model.num_registers + patches, model.size.embed_dim
+    matrices = 4 * dim * dim + (3 if model.ffn == "swiglu" else 2) * dim * model.ffn_hidden  # qkv, proj, feed-forward
+    return model.size.depth * (2.0 * tokens * matrices + 4.0 * tokens**2 * dim)  # q k^T and the average of v
+
+
+def masked_patches(config: RunConfig) -> float:
+    """Masked patches of one source image, over its two global crops, on average."""
+    if not config.objective.ibot.weight:
+        return 0.0
+    images, patches = block_size(config.train.batch_size), sequences(config)[0][1]
+    return float(block_counts(config.masks, images, patches).sum()) / images
+
+
+def _head_flops(config: RunConfig, crops: int) -> float:
+    """Heads, forward, for the class tokens of `crops` crops and the masked patches of one image."""
+    objective, dim = config.objective, config.model.size.embed_dim
+    patch_head = objective.ibot.head if objective.ibot.separate_head else objective.dino.head
+    class_tokens = crops * _row_flops(dim, objective.dino.head) if objective.dino.weight else 0.0
+    return class_tokens + masked_patches(config) * _row_flops(dim, patch_head)
+
+
+def _row_flops(dim: int, head: HeadConfig) -> float:
+    widths = [dim, *[head.hidden_dim] * (head.layers - 1), head.bottleneck_dim, head.prototypes]
+    return 2.0 * sum(a * b for a, b in pairwise(widths))
+
+
+# -- by tracing ------------------------------------------------------------------------------------------------------
+
+
+def traced_step_flops(config: RunConfig) -> float:
+    """Nominal operations for one source image, counted by fvcore in a trace of the real modules.
+
+    Blocks are alike, so a network of a single block is traced and its block counted `depth` times.
+    """
+    student, teacher = _traced_backbone(config, sequences(config)), _traced_backbone(config, sequences(config)[:1])
+    dim, objective = config.model.size.embed_dim, config.objective
+    dino = _traced_row(dim, objective.dino.head) if objective.dino.weight else 0.0
+    ibot = _traced_row(dim, objective.ibot.head if objective.ibot.separate_head else objective.dino.head)
+    crops, masked = config.crops.local_count + 2, masked_patches(config)
+    return 3 * (student + crops * dino + masked * ibot) + teacher + 2 * dino + masked * ibot
+
+
+class _Packed(nn.Module):
+    """The backbone with tensors for arguments, as tracing wants them."""
+
+    def __init__(self, backbone: VisionTransformer) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, *images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(features.patches for features in self.backbone(images))
+
+
+def _traced_backbone(config: RunConfig, sequences: Sequence[tuple[int, int]]) -> float:
+    model = config.model
+    one = ModelConfig(**{**vars(model), "depth": 1, "image_size": config.crops.global_size, "pos_offset": 0.0})
+    backbone = build_vit(one, attention="sdpa", drop_path=False).eval()
+    sides = [(count, math.isqrt(patches) * model.patch_size) for count, patches in sequences if count]
+    images = tuple(torch.zeros(count, model.in_channels, side, side) for count, side in sides)
+    analysis = _analysis(_Packed(backbone), images)
+    return 2.0 * (analysis.total() + (model.size.depth - 1) * analysis.by_module()["backbone.blocks.0"])
+
+
+def _traced_row(dim: int, head: HeadConfig) -> float:
+    return 2.0 * _analysis(PrototypeHead(dim, head), (torch.zeros(1, dim),)).total()
+
+
+def _analysis(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+    from fvcore.nn import FlopCountAnalysis
+
+    analysis = FlopCountAnalysis(module, inputs)
+    analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_products)
+    for no_product in ("aten::layer_norm", "aten::upsample_bicubic2d"):
+        analysis.set_op_handle(no_product, lambda inputs, outputs: 0)
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+    logging.getLogger("fvcore").setLevel(logging.ERROR)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        analysis.total()
+    return analysis
+
+
+def _attention_products(inputs: list[Any], outputs: list[Any]) -> float:
+    """Multiply-adds of softmax(q k^T) v for (..., tokens, head_dim) arguments, which fvcore does not know."""
+    q, k, v = (value.type().sizes() for value in inputs[:3])
+    return math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
