@@ -26,8 +26,8 @@ class Batch:
 
     global_crops: uint8 (B, 2, C, Hg, Wg); local_crops: uint8 (B, L, C, Hl, Wl); photometric: float32 (B, 2 + L, P),
     the columns of `dinoreg.data.photometric`; masks: bool (B, 2, N), True = hidden from the student; positions: int64
-    (B,), the global sample numbers. Only the crops move to the device by `to`: `develop` looks up on the host which rows
-    an operation concerns and which patches are masked, so that the device is never waited for, and sends the result.
+    (B,), the global sample numbers. Only the crops move to the device by `to`: `develop` looks up on the host which
+    rows an operation concerns and which patches are masked, so that the device is never waited for.
     """
 
     global_crops: Tensor
@@ -81,8 +81,8 @@ class Batch:
 class Crops:
     """Augmented, normalised crops on the device.
 
-    global_crops: float32 (b, 2, C, H, W); local_crops: float32 (b, L, C, h, w); masks: bool (b, 2, N), True = hidden from
-    the student; masked_index: int64 (m,), where `masks` is True, as rising positions in its b * 2 * N entries.
+    global_crops: float32 (b, 2, C, H, W); local_crops: float32 (b, L, C, h, w); masks: bool (b, 2, N), True = hidden
+    from the student; masked_index: int64 (m,), where `masks` is True, as rising positions in its b * 2 * N entries.
     """
 
     global_crops: Tensor

@@ -63,6 +63,7 @@ NUM_PARAMETERS = 9
 COLOUR_COLUMNS = (BRIGHTNESS, CONTRAST, SATURATION, HUE)
 ORDERS = torch.tensor(list(itertools.permutations(COLOUR_COLUMNS)))  # (24, 4)
 BLUR_RADIUS = 4  # a kernel of 9 taps
+CACHE_BYTES = 8 * 2**20  # of float crops that a CPU works on at a time
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, as Pillow's convert("L")
 
 
@@ -115,11 +116,17 @@ def develop(batch: Batch, cfg: PhotometricConfig) -> Crops:
 
 def _augment(crops: Tensor, parameters: Tensor, cfg: PhotometricConfig) -> Tensor:
     """(b, n, C, H, W) uint8 and (b, n, P) on the host -> (b, n, C, H, W) float32, normalised."""
-    images = crops.flatten(0, 1).to(torch.float32).div_(255)
-    for operation, rows, values in _plan(parameters.flatten(0, 1), images.device):
-        images.index_copy_(0, rows, operation(images.index_select(0, rows), values))
+    images = crops.flatten(0, 1).to(torch.float32)
+    values = parameters.flatten(0, 1)
     mean, std = _send(torch.tensor([cfg.mean, cfg.std]), images.device).view(2, -1, 1, 1)
-    return images.sub_(mean).div_(std).view(crops.shape)
+    # A processor is twice as fast on as many crops as its cache holds; a GPU wants them all at once.
+    step = len(images) if images.is_cuda else max(1, CACHE_BYTES // max(1, 4 * images[:1].numel()))
+    for start in range(0, len(images), max(1, step)):
+        some = images[start : start + step].div_(255)
+        for operation, rows, chosen in _plan(values[start : start + step], images.device):
+            some.index_copy_(0, rows, operation(some.index_select(0, rows), chosen))
+        some.sub_(mean).div_(std)
+    return images.view(crops.shape)
 
 
 Operation = Callable[[Tensor, Tensor], Tensor]
