@@ -156,6 +156,38 @@ def test_broken_numbers_are_reported_and_do_not_raise() -> None:
     assert math.isnan(float(found["features/rankme"])) and math.isnan(float(found["features/cls_std"]))
 
 
+def test_weight_distance() -> None:
+    student, teacher = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    flat = [torch.cat([p.detach().flatten() for p in net.parameters()]).double() for net in (student, teacher)]
+    expected = float((flat[0] - flat[1]).norm() / flat[0].norm())
+    assert float(monitors.weight_distance(teacher, student, ALONE)) == pytest.approx(expected, rel=1e-6)
+    assert float(monitors.weight_distance(student, student, ALONE)) == 0
+
+
+def test_weight_distance_of_sharded_weights_moves_none(tmp_path: object) -> None:
+    torch.multiprocessing.spawn(_sharded_distance, args=(str(tmp_path),), nprocs=2)
+    found = [torch.load(f"{tmp_path}/{rank}.pt") for rank in range(2)]
+    student, teacher = torch.arange(1.0, 6.0), torch.arange(1.0, 6.0) * 0.9
+    for distance in found:
+        assert float(distance) == pytest.approx(float((student - teacher).norm() / student.norm()), rel=1e-5)
+
+
+def _sharded_distance(rank: int, folder: str) -> None:
+    import torch.distributed as dist
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    networks = []
+    for factor in (1.0, 0.9):
+        network = torch.nn.Module()
+        network.weight = torch.nn.Parameter(distribute_tensor(factor * torch.arange(1.0, 6.0), mesh, [Shard(0)]))
+        networks.append(network)
+    ranks = Ranks(rank, 2, rank, 2, torch.device("cpu"))
+    torch.save(monitors.weight_distance(networks[1], networks[0], ranks), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
 def _two_ranks(rank: int, folder: str) -> None:
     import torch.distributed as dist
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from dinoreg.config import ConfigError
@@ -148,6 +150,25 @@ def norm_statistics(tokens: Tensor, registers: int, outlier_norm: float, ranks: 
         "norms/cls": norms[:, 0].mean(),
         **{f"norms/register_{i}": norms[:, 1 + i].mean() for i in range(registers)},
     }
+
+
+@torch.no_grad()
+def weight_distance(teacher: nn.Module, student: nn.Module, ranks: Ranks) -> Tensor:
+    """|teacher - student| / |student| over all weights (teacher/ema_distance): 0 when they are one and the same.
+
+    Sharded weights are compared shard by shard, without moving them. Every rank must call it.
+    """
+    squares = torch.zeros(2, device=ranks.device)
+    for average, weight in zip(_local_weights(teacher), _local_weights(student), strict=True):
+        squares += torch.stack([(average - weight).norm(), weight.norm()]).square()
+    apart, size = ranks.sum_(squares).sqrt()
+    return apart / size
+
+
+def _local_weights(module: nn.Module) -> Iterator[Tensor]:
+    """This rank's part of each parameter. Replicas are counted by every rank, which leaves the ratio as it is."""
+    for parameter in module.parameters():
+        yield (parameter.to_local() if isinstance(parameter, DTensor) else parameter).float()
 
 
 def _some_rows(values: Tensor, ranks: Ranks) -> Tensor:
