@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import partial
 
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from dinoreg.data.batch import Crops
+from dinoreg.losses.distillation import cross_entropy, masked_token_weights, pair_weights
+from dinoreg.losses.koleo import groups_straddle
+from dinoreg.losses.sinkhorn import Tile
 from dinoreg.models.heads import HeadConfig
+from dinoreg.models.vit import Features, ModelConfig
+from dinoreg.objectives.ema import release, update_average
+from dinoreg.objectives.network import HeadedBackbone
+from dinoreg.objectives.observation import Observation
+from dinoreg.objectives.spread import Spread, koleo_of_crops
+from dinoreg.objectives.targets import Assignments, BalancedTargets, TargetConfig, Targets
+from dinoreg.parallel.mesh import Ranks
+from dinoreg.parallel.shard import set_gradient_sync
 
 
 @dataclass
@@ -36,19 +53,6 @@ class KoleoConfig:
 
 
 @dataclass
-class TargetConfig:
-    """How teacher outputs become targets."""
-
-    centering: Literal["sinkhorn", "centering"] = "sinkhorn"
-    sinkhorn_iterations: int = 3
-    center_momentum: float = 0.9
-    student_temperature: float = 0.1
-    temperature: float = 0.07
-    temperature_start: float = 0.04
-    temperature_warmup: int | float | str = 0.3  # linear from temperature_start
-
-
-@dataclass
 class TeacherConfig:
     """The teacher is a moving average of the student; its momentum rises by a cosine."""
 
@@ -65,3 +69,196 @@ class ObjectiveConfig:
     koleo: KoleoConfig = field(default_factory=KoleoConfig)
     targets: TargetConfig = field(default_factory=TargetConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+
+
+SHOWN_PATCHES = 512  # of iBOT's targets, in the observation of an objective without DINO
+
+
+@dataclass
+class _Step:
+    """What the parts of a step have in common."""
+
+    parts: int
+    seed: int
+    targets: BalancedTargets
+    koleo: Callable[[Tensor, int], Tensor]  # of a part's class tokens (2 b, D) and the part's number
+
+
+class SelfDistillation(nn.Module):
+    """Student, teacher, and the loss between them.
+
+    A term with weight 0 costs nothing, and a head that no term uses does not exist.
+    """
+
+    student: HeadedBackbone
+    teacher: HeadedBackbone
+
+    def __init__(self, cfg: ObjectiveConfig, model: ModelConfig, ranks: Ranks, attention: str = "auto") -> None:
+        super().__init__()
+        self.cfg, self.ranks = cfg, ranks
+        terms = [term for term, weight in (("dino", cfg.dino.weight), ("ibot", cfg.ibot.weight)) if weight > 0]
+        by_head = {f"{term}_head": [term] for term in terms} if cfg.ibot.separate_head else {"dino_head": terms}
+        heads = {head: cfg.ibot.head if head == "ibot_head" else cfg.dino.head for head in by_head}
+        self.student = HeadedBackbone(model, heads, by_head, attention=attention, drop_path=True)
+        self.teacher = HeadedBackbone(model, heads, by_head, attention=attention, drop_path=False)
+        self.teacher.requires_grad_(False)
+        self.targets = Targets(
+            cfg.targets, {term: heads[head].prototypes for term, head in self.student.head_of.items()}, ranks
+        )
+        self.train()
+
+    def train(self, mode: bool = True) -> SelfDistillation:
+        """As usual, but the teacher is never trained."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def init_weights(self) -> None:
+        """Fill every parameter and buffer; the teacher starts as the student."""
+        self.student.init_weights()
+        self.teacher.load_state_dict(self.student.state_dict())
+        self.targets.init_weights()
+
+    def update_teacher(self, momentum: float) -> None:
+        """One step of the moving average."""
+        update_average(self.teacher, self.student, momentum)
+
+    def forward_backward(
+        self, parts: Sequence[Crops], *, teacher_temperature: float, seed: int, observe: bool = False
+    ) -> tuple[dict[str, Tensor], Observation | None]:
+        """Add to the student's gradients that of the loss of this rank's share of the batch, given in equal parts.
+
+        The loss of the global batch is the mean of the ranks' losses, which FSDP's averaging of gradients amounts to.
+        Parts bound memory and change nothing else: Sinkhorn-Knopp, centering and KoLeo see the whole global batch.
+        Nothing here waits for the device.
+
+        Args:
+            seed: of the rows that drop path keeps.
+            observe: also return what the monitors look at.
+
+        Returns:
+            Metrics as device scalars, whose mean over ranks is that of the global batch: `loss/total` is optimised;
+            the others are unweighted means, over pairs of crops (loss/dino_global, loss/dino_local: plateau ln K),
+            masked crops (loss/ibot: plateau ln K) and global crops (loss/koleo).
+        """
+        with record_function("teacher"):
+            tiles, features = self._teacher_pass(parts, keep_features=observe)
+        with record_function("targets"):
+            targets = self.targets(tiles, teacher_temperature)
+        with record_function("student"):
+            step = _Step(len(parts), seed, targets, self._koleo(parts, seed))
+        means: dict[str, Tensor] = {}
+        observation = None
+        for index, part in enumerate(parts):
+            losses, seen = self._learn(part, index, step, features)
+            observation, features = observation or seen, None
+            for name, value in losses.items():
+                means[name] = means.get(name, torch.zeros_like(value)) + value / len(parts)
+        if "ibot" in means:
+            means["ibot"] = means["ibot"] / self._masked_share(parts)
+        return {f"loss/{name}": value for name, value in means.items()}, observation
+
+    @torch.no_grad()
+    def _teacher_pass(
+        self, parts: Sequence[Crops], keep_features: bool
+    ) -> tuple[dict[str, list[Tile]], Features | None]:
+        """The teacher's logits, one tile a part for each term; and its features of the first part, if asked for.
+
+        The logits of a single part are kept. Of several parts only the narrow outputs of the heads' MLPs are, and
+        logits are made anew whenever they are read: together they would take the memory that parts are to save.
+        """
+        teacher, kept, narrow = self.teacher, None, []
+        for part in parts:
+            features = teacher.look_at(part, masked=False, local=False)
+            kept = features[0] if keep_features and kept is None else kept
+            narrow.append(teacher.bottlenecks(teacher.rows(features, part)))
+        release(teacher)
+        if len(parts) == 1:
+            return {term: [logits] for term, logits in teacher.logits(narrow[0]).items()}, kept
+        return {t: [partial(teacher.last_layer(t), rows[t]) for rows in narrow] for t in teacher.head_of}, kept
+
+    def _koleo(self, parts: Sequence[Crops], seed: int) -> Callable[[Tensor, int], Tensor]:
+        """KoLeo for the parts to come. Groups that cross parts need the class tokens of all parts beforehand."""
+        group = self.cfg.koleo.group
+        share, pieces = len(parts[0].global_crops), len(parts) * self.ranks.world
+        if self.cfg.koleo.weight == 0 or len(parts) == 1 or not groups_straddle(share, group, pieces):
+            return lambda cls, _: koleo_of_crops(cls, group, self.ranks)
+        with torch.no_grad():
+            cls = [self._student_features(part, seed + i, local=False)[0].cls for i, part in enumerate(parts)]
+        return Spread.of(cls, group, self.ranks).follow
+
+    def _student_features(self, part: Crops, seed: int, *, local: bool) -> list[Features]:
+        generator = torch.Generator(part.global_crops.device).manual_seed(seed)
+        return self.student.look_at(part, masked=True, local=local, generator=generator)
+
+    def _learn(
+        self, part: Crops, index: int, step: _Step, features: Features | None
+    ) -> tuple[dict[str, Tensor], Observation | None]:
+        """Student, losses and backward of one part, whose graph dies with this call.
+
+        features: the teacher's of this part, when an observation is wanted.
+
+        Returns:
+            Unweighted losses and their weighted "total"; "ibot" is the mean over all global crops, masked or not.
+        """
+        local_count = part.local_crops.shape[1]
+        with record_function("targets"):
+            assigned = step.targets.assign(index, local_count)
+        with record_function("student"):
+            seen = self._student_features(part, step.seed + index, local=True)
+            rows = self.student.by_head(self.student.rows(seen, part))
+            logits = {head: self.student[head](x) for head, x in rows.items()}
+        with record_function("losses"):
+            entropies = self._cross_entropies(logits, assigned)
+            losses = {name: entropy.mean() for name, entropy in entropies.items() if name != "ibot"}
+            if "ibot" in entropies:
+                weights = masked_token_weights(part.masks, part.masked_index)
+                losses["ibot"] = (weights * entropies["ibot"]).sum() / len(seen[0].cls)
+            if self.cfg.koleo.weight > 0:
+                losses["koleo"] = step.koleo(seen[0].cls, index)
+            total = self._total(losses, local_count)
+        with record_function("backward"):
+            set_gradient_sync(self.student, index == step.parts - 1)
+            (total / step.parts).backward()
+        losses = {name: value.detach() for name, value in (losses | {"total": total}).items()}
+        return losses, None if features is None else _observe(features, seen[0], assigned, entropies)
+
+    def _cross_entropies(self, logits: dict[str, Tensor], assigned: dict[str, Assignments]) -> dict[str, Tensor]:
+        """Cross-entropy of each of the student's rows, by loss. logits: (n, K) by head."""
+        entropies: dict[str, Tensor] = {}
+        for head, terms in self.student.terms_by_head.items():
+            wanted = {name: rows for term in terms for name, rows in assigned[term].items()}
+            entropy = cross_entropy(logits[head], list(wanted.values()), self.cfg.targets.student_temperature)
+            entropies.update(zip(wanted, entropy.split([count for count, _ in wanted.values()]), strict=True))
+        return entropies
+
+    def _total(self, losses: dict[str, Tensor], local_count: int) -> Tensor:
+        """What is optimised: DINOv2's weights, in which each crop adds its own KoLeo."""
+        global_share, local_share = pair_weights(local_count)
+        weights = {
+            "dino_global": self.cfg.dino.weight * global_share,
+            "dino_local": self.cfg.dino.weight * local_share,
+            "ibot": self.cfg.ibot.weight,
+            "koleo": 2 * self.cfg.koleo.weight,
+        }
+        return torch.stack([weights[name] * value for name, value in losses.items()]).sum()
+
+    def _masked_share(self, parts: Sequence[Crops]) -> Tensor:
+        """Share of the global crops, of all ranks, that are masked; tiny where none is."""
+        share = torch.stack([part.masks.any(-1).float().mean() for part in parts]).mean()
+        return (self.ranks.sum_(share) / self.ranks.world).clamp_min(1e-9)
+
+
+def _observe(
+    teacher: Features, student: Features, assigned: dict[str, Assignments], entropies: dict[str, Tensor]
+) -> Observation:
+    (name, (count, rows)) = next(iter((assigned.get("dino") or assigned["ibot"]).items()))
+    shown = count if name == "dino_global" else min(count, SHOWN_PATCHES)
+    return Observation(
+        teacher_cls=teacher.cls,
+        student_cls=student.cls.detach(),
+        tokens_prenorm=teacher.prenorm,
+        num_registers=teacher.registers.shape[1],
+        dino_targets=rows(0, shown),
+        dino_cross_entropy=entropies[name][:shown].detach().mean(),
+    )
