@@ -61,6 +61,7 @@ JITTER, ORDER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY, SIGMA, SOLARISE = ra
 NUM_PARAMETERS = 9
 # The colour operations of a jittered crop come in a random order: column ORDER numbers these permutations.
 COLOUR_COLUMNS = (BRIGHTNESS, CONTRAST, SATURATION, HUE)
+NEUTRAL = {BRIGHTNESS: 1.0, CONTRAST: 1.0, SATURATION: 1.0, HUE: 0.0}
 ORDERS = torch.tensor(list(itertools.permutations(COLOUR_COLUMNS)))  # (24, 4)
 BLUR_RADIUS = 4  # a kernel of 9 taps
 CACHE_BYTES = 8 * 2**20  # of float crops that a CPU works on at a time
@@ -135,11 +136,12 @@ Operation = Callable[[Tensor, Tensor], Tensor]
 def _plan(parameters: Tensor, device: torch.device) -> list[tuple[Operation, Tensor, Tensor]]:
     """The operations in the order of execution, each with its rows and their parameters, on `device`."""
     order = ORDERS[parameters[:, ORDER].long()]  # (n, 4)
-    jittered = parameters[:, JITTER, None] > 0
+    jittered = parameters[:, JITTER] > 0
     stages: list[tuple[Operation, int, Tensor]] = []
     for place in range(len(COLOUR_COLUMNS)):
         for column in COLOUR_COLUMNS:
-            stages.append((OPERATIONS[column], column, jittered[:, 0] & (order[:, place] == column)))
+            here = jittered & (order[:, place] == column) & (parameters[:, column] != NEUTRAL[column])
+            stages.append((OPERATIONS[column], column, here))
     for column in (GREY, SIGMA, SOLARISE):
         stages.append((OPERATIONS[column], column, parameters[:, column] > 0))
     chosen = [(operation, column, torch.nonzero(mask)[:, 0]) for operation, column, mask in stages]
