@@ -80,9 +80,16 @@ def find_recipe(path: str | Path) -> Path:
     for candidate in (given, given.with_name(given.name + ".yaml"), *(_shipped(given.name))):
         if candidate.is_file():
             return candidate
-    known = sorted(file.stem for folder in _recipe_folders() for file in folder.glob("*.yaml"))
+    known = list(recipes())
     nearest = f"; the nearest recipe is {_nearest(given.stem, known)}" if known else ""
     raise ConfigError(f"no recipe '{path}': neither a file nor one of the recipes in configs/{nearest}")
+
+
+def recipes() -> dict[str, str]:
+    """Name -> first sentence of the header, for each recipe shipped with dinoreg."""
+    files = sorted(file for folder in _recipe_folders() for file in folder.glob("*.yaml"))
+    headers = {file.stem: file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ") for file in files}
+    return {name: header.partition(". ")[0].rstrip(".") for name, header in headers.items()}
 
 
 def _recipe_folders() -> list[Path]:

@@ -1,0 +1,240 @@
+"""The `dinoreg` command: a thin front, one function a subcommand.
+
+Nothing heavy is imported before it is known which subcommand is wanted, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+OVERVIEW = """\
+usage: dinoreg COMMAND ...
+
+Pretrain vision transformers with registers, and look at what came out.
+
+  demo           see the whole way in a few minutes, on a CPU, without any data of yours
+  train          pretrain on images by a recipe, on one CPU, one GPU or many; goes on where it stopped
+  data prepare   turn a folder, a tar or an ImageNet-style tree into shards
+  data check     count, measure and show what is in a folder or in shards
+  look           draw attention, PCA and norm maps of a backbone for some images
+  doctor         say in words what is wrong with a run
+
+  dinoreg COMMAND --help explains each, with examples.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one subcommand and exit with its status: 0, 1 for findings, 2 for a mistake, told in one line."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    command, rest = _find_command(words)
+    if command is None:
+        asked = not words or words[0] in ("-h", "--help", "help")
+        print(OVERVIEW if asked else f"dinoreg: no command '{' '.join(words[:2])}'\n\n{OVERVIEW}", end="")
+        sys.exit(0 if asked else 2)
+    try:
+        sys.exit(command(rest))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if not _is_for_users(error):
+            raise
+        missing = isinstance(error, OSError) and error.filename
+        print(f"dinoreg: {error.filename}: {error.strerror}" if missing else f"dinoreg: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def train(words: Sequence[str]) -> int:
+    """`dinoreg train`."""
+    from dinoreg.config import load, recipes
+
+    parser = _parser(
+        "train",
+        "Pretrain by a recipe. Started again with the same run_dir, it goes on from its last checkpoint.",
+        f"""\
+        recipes:
+{chr(10).join(f"          {name:<20} {title}" for name, title in recipes().items())}
+
+        examples:
+          dinoreg train own_images_1gpu data.sources=/my/images run_dir=runs/mine
+          dinoreg train own_images_1gpu data.sources=/my/images --dry-run     what it would be and cost
+          dinoreg train configs/demo.yaml data.sources=/my/images train.steps=200
+          dinoreg train own_images_1gpu 'data.sources=[a-{{000..099}}.tar, b-{{00..09}}.tar]' model.init_from=FILE
+          torchrun --nproc-per-node 8 -m dinoreg train own_images_8gpu data.sources=/my/images
+          srun dinoreg train vitl16_short_in1k data.sources=/data/imagenet1k
+
+        Every option with its default and its meaning: the dataclasses that dinoreg/train/recipe.py puts together.""",
+    )
+    parser.add_argument(
+        "config", metavar="CONFIG", help="a recipe's name, or a YAML file that may name another as `base`"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options, stronger than the recipe's")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan (size, FLOPs, memory, lengths) and exit")
+    asked = parser.parse_intermixed_args(words)
+
+    from dinoreg.train.recipe import RunConfig
+
+    config = load(RunConfig, asked.config, asked.overrides)
+    if asked.dry_run:
+        from dinoreg.train.plan import print_plan
+
+        print_plan(config)
+        return 0
+    _require_sources(config.data.sources)
+    from dinoreg.train.trainer import train as run
+
+    run(config)
+    return 0
+
+
+def data_prepare(words: Sequence[str]) -> int:
+    """`dinoreg data prepare`."""
+    from dinoreg.data import prepare
+
+    parser = _parser(
+        "data prepare",
+        "Write shuffled webdataset shards with an index and a manifest. Stopped, it goes on where it was.",
+        """\
+        examples:
+          dinoreg data prepare /my/photos /data/photos                a folder, or a tree with a folder a class
+          dinoreg data prepare ILSVRC2012_img_train.tar /data/imagenet1k --resize 512
+          dinoreg data prepare 'old-{000..099}.tar' /data/new --workers 16""",
+    )
+    prepare.add_arguments(parser)
+    return prepare.main(parser.parse_args(words))
+
+
+def data_check(words: Sequence[str]) -> int:
+    """`dinoreg data check`."""
+    from dinoreg.data import inspect
+
+    parser = _parser(
+        "data check",
+        "Count, measure and show what is in a source; 1 is returned when something is unreadable.",
+        """\
+        examples:
+          dinoreg data check /my/photos
+          dinoreg data check 'shards-{000..099}.tar' --limit 10000 --picture crops.png""",
+    )
+    inspect.add_arguments(parser)
+    return inspect.main(parser.parse_args(words))
+
+
+def look(words: Sequence[str]) -> int:
+    """`dinoreg look`."""
+    parser = _parser(
+        "look",
+        "Draw, for each image, the attention of CLS and of each register, the first three principal components of the\n"
+        "patch features, and the norms of the patch tokens.",
+        """\
+        examples:
+          dinoreg look runs/mine/teacher/step_00010000.safetensors cat.jpg dog.jpg
+          dinoreg look dinov2_vits14_reg4_pretrain.pth *.jpg --out maps.png --size 518""",
+    )
+    parser.add_argument("weights", metavar="WEIGHTS", help="a backbone: of dinoreg, DINOv2, timm or Hugging Face")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+    parser.add_argument("--out", default="look.png", help="the picture to write (default: %(default)s)")
+    parser.add_argument("--size", type=int, help="pixels of the images' short side (default: as in training, or finer)")
+    asked = parser.parse_args(words)
+
+    from dinoreg.train import pictures
+
+    print(pictures.look(asked.weights, asked.images, asked.out, size=asked.size))
+    return 0
+
+
+def doctor(words: Sequence[str]) -> int:
+    """`dinoreg doctor`."""
+    parser = _parser(
+        "doctor",
+        "Read the metrics of a run and say what is wrong with it, why that usually happens and what to try.",
+        """\
+        example:
+          dinoreg doctor runs/mine""",
+    )
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="a run directory, with metrics.jsonl in it")
+    folder = parser.parse_args(words).run_dir
+
+    from dinoreg.train.doctor import diagnose
+    from dinoreg.train.tracking import read_metrics
+
+    history = read_metrics(folder / "metrics.jsonl")
+    findings = diagnose(history)
+    for finding in findings:
+        print(finding)
+    if not findings:
+        last = int(max((record["step"] for record in history if "step" in record), default=0))
+        print(f"{folder}: nothing looks wrong in {len(history)} records up to step {last}")
+    return 1 if findings else 0
+
+
+def demo(words: Sequence[str]) -> int:
+    """`dinoreg demo`."""
+    from dinoreg import demo as module
+
+    parser = _parser(
+        "demo",
+        "From photographs that come with scikit-image and scikit-learn to shards, a small ViT with 4 registers, its\n"
+        "loss, its k-NN accuracy and a picture of what it sees.",
+        """\
+        example:
+          dinoreg demo""",
+    )
+    module.add_arguments(parser)
+    return module.main(parser.parse_args(words))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "demo": demo,
+    "train": train,
+    "data prepare": data_prepare,
+    "data check": data_check,
+    "look": look,
+    "doctor": doctor,
+}
+
+
+def _find_command(words: Sequence[str]) -> tuple[Callable[[Sequence[str]], int] | None, Sequence[str]]:
+    for length in (2, 1):
+        command = COMMANDS.get(" ".join(words[:length]))
+        if command is not None:
+            return command, words[length:]
+    return None, words
+
+
+def _parser(command: str, description: str, epilog: str) -> ArgumentParser:
+    indent = len(epilog) - len(epilog.lstrip())
+    examples = "\n".join(line[indent:] if line[:indent].isspace() else line for line in epilog.splitlines())
+    return ArgumentParser(
+        f"dinoreg {command}", description=description, epilog=examples, formatter_class=RawDescriptionHelpFormatter
+    )
+
+
+def _require_sources(sources: Sequence[object]) -> None:
+    from dinoreg.config import ConfigError
+
+    if not sources:
+        raise ConfigError("no images: give a folder, shards or URLs, as in data.sources=/my/images", key="data.sources")
+
+
+def _is_for_users(error: Exception) -> bool:
+    """Whether the message alone is what helps: our own words about a user's input, or a missing file.
+
+    A ValueError from elsewhere is a fault of the program, and its traceback is wanted.
+    """
+    from dinoreg.config import ConfigError
+
+    if isinstance(error, ConfigError | FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
+        return True
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    ours = Path(raised_in).is_relative_to(Path(__file__).parent)
+    return ours and (isinstance(error, ValueError | FloatingPointError) or _is_data_error(error))
+
+
+def _is_data_error(error: Exception) -> bool:
+    from dinoreg.data.images import DataError
+
+    return isinstance(error, DataError)
