@@ -95,22 +95,24 @@ def allowed_shrink(cfg: CropConfig, boxes: NDArray[np.int64]) -> int:
 def cut(cfg: CropConfig, picture: Picture, rng: np.random.Generator, global_out: Tensor, local_out: Tensor) -> None:
     """Draws the crops of one image and writes them to uint8 (2, C, Hg, Wg) and (L, C, Hl, Wl). Raises BadImage."""
     drawn = draw_boxes(cfg, rng, picture.width, picture.height)
-    pixels = picture.decode(allowed_shrink(cfg, drawn.boxes))
-    boxes = _rescale(drawn.boxes, picture, pixels.shape[2], pixels.shape[1]).tolist()
+    shrink = allowed_shrink(cfg, drawn.boxes)
+    pixels = picture.decode(shrink)
+    shrunk = pixels.shape[2] < picture.width  # only JPEGs are
+    boxes = (_shrink(drawn.boxes, shrink, pixels) if shrunk else drawn.boxes).tolist()
     for i, (box, flip) in enumerate(zip(boxes, drawn.flips.tolist(), strict=True)):
         out = global_out[i] if i < 2 else local_out[i - 2]
         crop = resize_box(pixels, box, out.shape[1])
         out.copy_(crop.flip(-1) if flip else crop)
 
 
-def _rescale(boxes: NDArray[np.int64], picture: Picture, width: int, height: int) -> NDArray[np.int64]:
-    """Boxes of the full image in the pixels of its smaller decoding (width, height)."""
-    if (width, height) == (picture.width, picture.height):
-        return boxes
-    ratio = np.array([width / picture.width, height / picture.height] * 2)
-    limit = np.array([width, height])
-    start = np.minimum(np.rint(boxes[:, :2] * ratio[:2]).astype(np.int64), limit - 1)
-    size = np.clip(np.rint(boxes[:, 2:] * ratio[2:]).astype(np.int64), 1, limit - start)
+def _shrink(boxes: NDArray[np.int64], shrink: int, pixels: Tensor) -> NDArray[np.int64]:
+    """Boxes of the full image in the pixels of its smaller decoding, to the nearest pixel.
+
+    One pixel there is exactly `shrink` of the image's; a last one that is not filled does not change the ratio.
+    """
+    limit = np.array([pixels.shape[2], pixels.shape[1]])
+    start = np.minimum(np.rint(boxes[:, :2] / shrink).astype(np.int64), limit - 1)
+    size = np.clip(np.rint(boxes[:, 2:] / shrink).astype(np.int64), 1, limit - start)
     return np.concatenate([start, size], axis=1)
 
 
