@@ -101,7 +101,8 @@ class SlurmLab:
             self._daemons.append(subprocess.Popen(command, env=self.env, stdout=out, stderr=out, cwd=self.root))
 
     def _states(self) -> list[str]:
-        shown = subprocess.run(["sinfo", "-h", "-N", "-o", "%T"], env=self.env, capture_output=True, text=True)
+        command = ["sinfo", "-h", "-N", "-o", "%T"]
+        shown = subprocess.run(command, env=self.env, capture_output=True, text=True, check=False)
         return shown.stdout.split()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dinoreg.train.optimizer import Optimizer, OptimConfig, ParameterRule, parameter_rule
+from dinoreg.train.optimizer import OptimConfig, Optimizer, ParameterRule, parameter_rule
 from dinoreg.train.schedules import StepValues
 
 VALUES = StepValues(lr=0.1, weight_decay=0.5, last_layer_lr=0.0, teacher_momentum=0.9, teacher_temperature=0.07)

@@ -73,14 +73,14 @@ class _Gather(torch.autograd.Function):
     """all_gather whose backward sums what every rank's loss says about this rank's rows."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, ranks: Ranks) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, tensor: Tensor, ranks: Ranks) -> Tensor:
         ctx.ranks, ctx.rows = ranks, len(tensor)
         out = tensor.new_empty((ranks.world * len(tensor), *tensor.shape[1:]))
         dist.all_gather_into_tensor(out, tensor.contiguous())
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         total = ctx.ranks.sum_(grad.contiguous().clone())
         start = ctx.ranks.rank * ctx.rows
         return total[start : start + ctx.rows], None
@@ -118,11 +118,14 @@ def _from_environment() -> tuple[int, int, int, int]:
         return int(env["RANK"]), world, int(env["LOCAL_RANK"]), int(env.get("LOCAL_WORLD_SIZE", world))
     if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
         world = int(env["SLURM_NTASKS"])
-        env.setdefault("MASTER_ADDR", _first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", "localhost"))))
+        env.setdefault(
+            "MASTER_ADDR", _first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", "localhost")))
+        )
         # The same for every process of a step, different for two steps that share a node.
         job = int(env["SLURM_JOB_ID"]) * 31 + int(re.sub(r"\D", "", env["SLURM_STEP_ID"]) or 0)
         env.setdefault("MASTER_PORT", str(20000 + job % 20000))
-        local_world = int(re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", str(world)))).group())  # type: ignore[union-attr]  # fmt: skip
+        per_node = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", str(world)))
+        local_world = int(re.split(r"\D", per_node)[0])  # `8(x4)`: eight on each of four nodes
         return int(env["SLURM_PROCID"]), world, int(env["SLURM_LOCALID"]), local_world
     return 0, 1, 0, 1
 

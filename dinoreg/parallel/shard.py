@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -109,13 +110,13 @@ def _shard(network: nn.ModuleDict, mesh: DeviceMesh, policy: MixedPrecisionPolic
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(network["backbone"], mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    for current, following in zip(blocks, blocks[1:], strict=False):
+    for current, following in pairwise(blocks):
         current.set_modules_to_forward_prefetch([following])  # type: ignore[operator]
         following.set_modules_to_backward_prefetch([current])  # type: ignore[operator]
     for name, head in network.items():
         if name != "backbone":
-            fully_shard(head.mlp, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-            fully_shard(head.last_layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+            for part in (head.get_submodule("mlp"), head.get_submodule("last_layer")):
+                fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
 
 
 def set_gradient_sync(modules: nn.Module, enabled: bool) -> None:

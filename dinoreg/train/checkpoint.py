@@ -1,7 +1,7 @@
 """Checkpoints of a run.
 
-    <run_dir>/checkpoints/step_00000100/     torch.distributed.checkpoint: all that is needed to go on, at any world size
-    <run_dir>/teacher/step_00000100.safetensors     the teacher's backbone in one file, which `load_backbone` opens
+    checkpoints/step_00000100/              torch.distributed.checkpoint: all that is needed to go on, at any world size
+    teacher/step_00000100.safetensors       the teacher's backbone in one file, which `load_backbone` opens
 
 A checkpoint is written under a name that is never read and renamed when every rank is done, so that what has its final
 name is whole.
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -53,7 +53,7 @@ class Checkpointer:
         self.cfg, self.ranks = cfg, ranks
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint, as the main process sees it (network file systems may show ranks different lists)."""
+        """The newest whole checkpoint. The main process looks: a network file system may show ranks different lists."""
         return self.ranks.broadcast_object(max(self._whole(), default=None) if self.ranks.is_main else None)
 
     def save(self, step: int, objective: nn.Module, optimizer: Optimizer) -> Path:
@@ -78,7 +78,7 @@ class Checkpointer:
         """Write the teacher's backbone to one file, whatever it is sharded over."""
         path = self.teachers / f"step_{step:08d}.safetensors"
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state: dict[str, Tensor] = get_model_state_dict(backbone, options=options)
+        state: dict[str, Any] = get_model_state_dict(backbone, options=options)
         if self.ranks.is_main:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_backbone(path, state, config, extra={"step": str(step)})
@@ -99,14 +99,17 @@ class Checkpointer:
             dcp.load(state, checkpoint_id=checkpoint, no_dist=not dist.is_initialized())
         except Exception as error:
             raise ValueError(
-                f"cannot resume from {checkpoint}: {_first_line(error)}; if the architecture was changed, give another run_dir"
+                f"cannot resume from {checkpoint}: {_first_line(error)}; "
+                "if the architecture was changed, give another run_dir"
             ) from error
         # The model's tensors were filled in place; the optimizer's are handed back by name.
         set_optimizer_state_dict(objective.student, optimizer.adamw, state["optimizer"])  # type: ignore[arg-type]
         return int(state["step"])
 
     def _whole(self) -> list[Path]:
-        return [p for p in self.folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", p.name) and (p / ".metadata").exists()]
+        return [
+            p for p in self.folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", p.name) and (p / ".metadata").exists()
+        ]
 
 
 def _state(objective: nn.Module, optimizer: Optimizer, step: int) -> dict[str, Any]:

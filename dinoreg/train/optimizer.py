@@ -92,7 +92,10 @@ class Optimizer:
             groups[parameter_rule(name, depth, cfg)].append(parameter)
         self.rules = list(groups)
         self.adamw = torch.optim.AdamW(
-            [{"params": parameters} for parameters in groups.values()], lr=0.0, betas=tuple(cfg.betas), fused=True
+            [{"params": parameters} for parameters in groups.values()],
+            lr=0.0,
+            betas=(cfg.betas[0], cfg.betas[1]),
+            fused=True,
         )
 
     def set_values(self, values: StepValues) -> None:
@@ -135,5 +138,3 @@ def _scale(grads: Iterable[Tensor], limit: float, norm: Tensor) -> None:
     local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
     if local:
         torch._foreach_mul_(local, (limit / (norm + 1e-6)).clamp(max=1.0))
-
-

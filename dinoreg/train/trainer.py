@@ -1,0 +1,355 @@
+"""The training run: everything is built in `Trainer.__init__`, in order, and `Trainer.run` is the loop."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.profiler import record_function
+
+from dinoreg.config import to_yaml
+from dinoreg.data.batch import Batch
+from dinoreg.data.images import REASONS
+from dinoreg.data.loader import BatchLoader, build_loader, prefetch_to_device
+from dinoreg.data.masks import MaskConfig
+from dinoreg.data.photometric import develop
+from dinoreg.data.sources import open_sources
+from dinoreg.models.vit import VisionTransformer, build_vit
+from dinoreg.models.weights import initialise
+from dinoreg.objectives.observation import Observation
+from dinoreg.objectives.self_distillation import SelfDistillation
+from dinoreg.parallel.mesh import Ranks, setup_ranks
+from dinoreg.parallel.shard import parallelize
+from dinoreg.train import pictures
+from dinoreg.train.checkpoint import Checkpointer
+from dinoreg.train.clock import Clock
+from dinoreg.train.doctor import diagnose
+from dinoreg.train.knn import KnnMonitor
+from dinoreg.train.monitors import measure
+from dinoreg.train.optimizer import Optimizer
+from dinoreg.train.plan import peak_flops, step_flops
+from dinoreg.train.progress import Progress
+from dinoreg.train.recipe import RunConfig, check_world
+from dinoreg.train.schedules import Schedules, StepValues
+from dinoreg.train.tracking import Tracker
+
+logger = logging.getLogger("dinoreg")
+
+
+def train(cfg: RunConfig) -> Path:
+    """Run, or go on with, the training that `cfg` describes.
+
+    Works alone, under torchrun and under srun: who this process is comes from the environment.
+
+    Returns:
+        The teacher's last weights, a file for `dinoreg.load_backbone`.
+    """
+    ranks = setup_ranks()
+    try:
+        with _logging_to(Path(cfg.run_dir) / "logs", ranks):
+            return Trainer(cfg, ranks).run()
+    finally:
+        ranks.close()
+
+
+class Trainer:
+    """One run on one rank."""
+
+    def __init__(self, cfg: RunConfig, ranks: Ranks) -> None:
+        check_world(cfg, ranks.world)
+        self.cfg, self.ranks, self.run_dir = cfg, ranks, Path(cfg.run_dir)
+        self.sources = open_sources(cfg.data)
+        self.schedules = Schedules(cfg, self.sources.num_samples)
+        self.objective = build_objective(cfg, ranks)
+        self.optimizer = Optimizer(self.objective.student, cfg.optim)
+        self.checkpointer = Checkpointer(self.run_dir, cfg.checkpoint, ranks)
+        self.start = self._resume()
+        self.loader = self._open_loader()
+        self.knn = KnnMonitor(cfg.monitor, cfg.model, cfg.photometric, ranks) if cfg.monitor.knn_every else None
+        self.clock = Clock()
+        self.flops, self.peak_flops = step_flops(cfg), peak_flops(ranks.device)
+        self.history: deque[dict[str, float]] = deque(maxlen=500)
+        self.tracker = self.progress = None
+        if ranks.is_main:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            (self.run_dir / "config.yaml").write_text(to_yaml(cfg))
+            logger.info(self.schedules.describe())
+            self.tracker = Tracker(cfg.tracking, self.run_dir, asdict(cfg), self.start, say=logger.info)
+            self.progress = Progress(self.schedules.total_steps, self.start)
+
+    def run(self) -> Path:
+        """Train to the end. Steps are counted when they are done: step 1 is the first."""
+        last = self.schedules.total_steps
+        batches = iter(prefetch_to_device(self.loader, self.ranks.device))
+        with _unhurried_garbage_collection() as collect_garbage:
+            if self.start == 0:
+                self._look_in(0)
+            for step in range(self.start + 1, last + 1):
+                with self.clock.waiting():
+                    batch = next(batches)
+                values = self.schedules.at(step - 1)
+                observe = step % self.cfg.monitor.every == 0
+                for sample in batch.bad:
+                    logger.debug(f"skipped a sample: {sample}")
+                metrics, observation = train_step(
+                    self.objective, self.optimizer, batch, values, self.cfg, self._row_seed(step), observe
+                )
+                self.clock.count(self.cfg.train.batch_size)
+                saving = step % self.cfg.checkpoint.every == 0 or step == last
+                if saving or observe or step == 1 or step % self.cfg.train.log_every == 0:
+                    self.log(step, metrics, values, observation)
+                    collect_garbage()
+                if self.progress is not None:
+                    self.progress.update(step)
+                with self.clock.paused():
+                    if saving:
+                        self.save(step)
+                    self._look_in(step, batch)
+        return self.finish(last)
+
+    def log(self, step: int, metrics: dict[str, Tensor], values: StepValues, observation: Observation | None) -> None:
+        """Bring the step's numbers to the host: the one place where the device is waited for."""
+        if observation is not None:
+            metrics = metrics | measure(observation, self.cfg.monitor, self.ranks)
+        numbers = self._mean_over_ranks(metrics) | self._bad_so_far()
+        pace = self.clock.read()
+        numbers |= {
+            "lr": values.lr,
+            "weight_decay": values.weight_decay,
+            "teacher_momentum": values.teacher_momentum,
+            "teacher_temperature": values.teacher_temperature,
+            "throughput/images_per_second": pace.images_per_second,
+            "throughput/data_wait_share": pace.data_wait_share,
+        }
+        numbers |= self._utilisation(pace.images_per_second)
+        self._record(step, numbers)
+        if not math.isfinite(numbers["loss/total"]):
+            raise FloatingPointError(
+                f"the loss of step {step} is {numbers['loss/total']}: nothing was saved after it; lower optim.lr, or "
+                f"start again with the same command from {self.checkpointer.latest() or 'the beginning'}"
+            )
+
+    def save(self, step: int) -> None:
+        """The resumable checkpoint, and the teacher in one file."""
+        self.checkpointer.save(step, self.objective, self.optimizer)
+        self.checkpointer.save_teacher(step, self.objective.teacher["backbone"], self.cfg.model)
+
+    def teacher(self) -> VisionTransformer:
+        """The teacher's backbone as a plain module on every rank, whatever it is sharded over."""
+        state = get_model_state_dict(self.objective.teacher["backbone"], options=StateDictOptions(full_state_dict=True))
+        with torch.device("meta"):
+            backbone = build_vit(self.cfg.model, attention=self.cfg.efficiency.attention, drop_path=False)
+        backbone.load_state_dict(state, assign=True)
+        return backbone.requires_grad_(False).eval().to(self.ranks.device)
+
+    def finish(self, step: int) -> Path:
+        """Close what is open and say where the result lies."""
+        weights = self.checkpointer.teachers / f"step_{step:08d}.safetensors"
+        if self.tracker is not None and self.progress is not None:
+            self.progress.close()
+            self.tracker.close()
+            if self.start == step:
+                logger.info(f"{self.run_dir} already has all its {step} steps; give another run_dir to start afresh")
+            logger.info(f"teacher: {weights}")
+        self.ranks.barrier()
+        return weights
+
+    def _resume(self) -> int:
+        checkpoint = self.checkpointer.latest()
+        if checkpoint is None:
+            return 0
+        step = self.checkpointer.load(checkpoint, self.objective, self.optimizer)
+        if step > self.schedules.total_steps:
+            raise ValueError(
+                f"{checkpoint} has done {step} steps, more than the {self.schedules.total_steps} asked for"
+            )
+        logger.info(f"going on from {checkpoint}")
+        return step
+
+    def _open_loader(self) -> BatchLoader:
+        cfg, side = self.cfg, self.cfg.crops.global_size // self.cfg.model.patch_size
+        return build_loader(
+            self.sources,
+            cfg.data,
+            cfg.crops,
+            cfg.photometric,
+            cfg.masks if cfg.objective.ibot.weight > 0 else MaskConfig(probability=0.0),
+            grid=(side, side),
+            channels=cfg.model.in_channels,
+            batch_size=cfg.train.batch_size,
+            seed=cfg.seed,
+            rank=self.ranks.rank,
+            world=self.ranks.world,
+            start_step=self.start,
+            steps=self.schedules.total_steps,
+            local_world=self.ranks.local_world,
+        )
+
+    def _row_seed(self, step: int) -> int:
+        """Which rows drop path keeps: new each step and on each rank, the same after a restart."""
+        return hash((self.cfg.seed, step, self.ranks.rank)) % 2**62
+
+    def _look_in(self, step: int, batch: Batch | None = None) -> None:
+        """The k-NN and the pictures, when their time has come."""
+        cfg = self.cfg
+        classify = self.knn is not None and step % cfg.monitor.knn_every == 0
+        draw = (
+            cfg.tracking.pictures_every > 0
+            and batch is not None
+            and (step == 1 or step % cfg.tracking.pictures_every == 0)
+        )
+        if not (classify or draw):
+            return
+        teacher = self.teacher()
+        if classify and self.knn is not None:
+            self._record(step, {"knn/top1": self.knn(teacher)})
+        if draw and batch is not None and self.ranks.is_main:
+            self._draw(step, batch, teacher)
+        self.ranks.barrier()
+
+    def _draw(self, step: int, batch: Batch, teacher: VisionTransformer) -> None:
+        assert self.tracker is not None
+        folder, photometric = self.run_dir / "pictures", self.cfg.photometric
+        crops = pictures.crops_picture(develop(batch, photometric), photometric, folder / f"crops_{step:08d}.png")
+        photos = list(batch.global_crops[:2, 0])
+        attention = pictures.look(teacher, photos, folder / f"attention_{step:08d}.png", photometric)
+        self.tracker.log_picture(step, "crops", crops)
+        self.tracker.log_picture(step, "attention", attention)
+
+    def _record(self, step: int, numbers: dict[str, float]) -> None:
+        """To metrics.jsonl, wandb, the progress bar and the doctor."""
+        samples = self.sources.num_samples
+        seen = step * self.cfg.train.batch_size
+        numbers = {"step": step, "images": seen, **({"epoch": seen / samples} if samples else {}), **numbers}
+        if self.tracker is None or self.progress is None:
+            return
+        self.tracker.log(step, numbers)
+        self.progress.update(step, numbers)
+        known = {d.name for d in diagnose(self.history)}
+        self.history.append(numbers)
+        for diagnosis in diagnose(self.history):
+            if diagnosis.name not in known:
+                self.progress.say(f"step {step}: {diagnosis}")
+
+    def _mean_over_ranks(self, metrics: dict[str, Tensor]) -> dict[str, float]:
+        values = self.ranks.sum_(torch.stack([value.detach().float() for value in metrics.values()])) / self.ranks.world
+        return dict(zip(metrics, values.tolist(), strict=True))
+
+    def _utilisation(self, images_per_second: float) -> dict[str, float]:
+        numbers = {}
+        if self.peak_flops:
+            share = images_per_second / (self.peak_flops * self.ranks.world)
+            nominal, executed = self.flops
+            numbers |= {"throughput/mfu": nominal * share, "throughput/mfu_executed": executed * share}
+        if self.ranks.device.type == "cuda":
+            numbers["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        return numbers
+
+    def _bad_so_far(self) -> dict[str, float]:
+        counts = self.ranks.sum_(
+            torch.tensor([self.loader.bad[reason] for reason in REASONS], device=self.ranks.device)
+        ).tolist()
+        by_reason = {f"data/bad/{reason}": count for reason, count in zip(REASONS, counts, strict=True) if count}
+        return {"data/bad": sum(counts), **by_reason}
+
+
+def train_step(
+    objective: SelfDistillation,
+    optimizer: Optimizer,
+    batch: Batch,
+    values: StepValues,
+    cfg: RunConfig,
+    row_seed: int,
+    observe: bool = False,
+) -> tuple[dict[str, Tensor], Observation | None]:
+    """One update of student and teacher on this rank's share of a step, already on the device.
+
+    Nothing here waits for the device. The regions are named for the profiler, see benchmarks/step.py.
+
+    Returns:
+        Device scalars of this rank, and what the monitors look at when `observe`.
+    """
+    with record_function("develop"):
+        parts = [develop(part, cfg.photometric) for part in batch.split(cfg.train.accumulate)]
+    optimizer.set_values(values)
+    metrics, observation = objective.forward_backward(
+        parts, teacher_temperature=values.teacher_temperature, seed=row_seed, observe=observe
+    )
+    with record_function("optimizer"):
+        metrics |= optimizer.step()
+    with record_function("ema"):
+        objective.update_teacher(values.teacher_momentum)
+    return metrics, observation
+
+
+def build_objective(cfg: RunConfig, ranks: Ranks) -> SelfDistillation:
+    """Student, teacher and heads, initialised, then spread over the ranks.
+
+    Every rank fills the same weights from the seed, so the result does not depend on how many there are. Memory is
+    filled with NaN first: a parameter that nothing initialises makes the first loss NaN instead of a silent zero.
+    """
+    with torch.device("meta"):
+        objective = SelfDistillation(cfg.objective, cfg.model, ranks, attention=cfg.efficiency.attention)
+    objective.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in objective.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.fill_(math.nan)
+    torch.manual_seed(cfg.seed)
+    objective.init_weights()
+    if cfg.model.init_from:
+        report = initialise(objective.student["backbone"], cfg.model.init_from)  # type: ignore[arg-type]
+        objective.teacher["backbone"].load_state_dict(objective.student["backbone"].state_dict())
+        if ranks.is_main:
+            logger.info(str(report))
+    _check_filled(objective)
+    parallelize(objective.student, objective.teacher, cfg.efficiency, cfg.train.precision, ranks)
+    return objective.to(ranks.device)
+
+
+def _check_filled(module: nn.Module) -> None:
+    for name, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise RuntimeError(f"{name} was not initialised; its module's init_weights() has to fill it")
+
+
+@contextmanager
+def _unhurried_garbage_collection() -> Iterator[Callable[[], int]]:
+    """Collect at logging steps only: a collection in mid-step stalls one rank, and with it all others."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield gc.collect
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+@contextmanager
+def _logging_to(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Everything to logs/rank<r>.log; what a person should read to the terminal of the main process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = logging.FileHandler(folder / f"rank{ranks.rank}.log")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    terminal = logging.StreamHandler()
+    terminal.setLevel(logging.INFO if ranks.is_main else logging.ERROR)
+    handlers: list[logging.Handler] = [file, terminal]
+    for handler in handlers:
+        logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()

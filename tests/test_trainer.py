@@ -1,0 +1,175 @@
+"""Whole runs of a tiny model: what they write, and that nothing about the machine changes what they learn."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import dinoreg
+from dinoreg.config import load
+from dinoreg.train.recipe import RunConfig
+from dinoreg.train.trainer import train
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TINY = REPOSITORY / "tests" / "tiny.yaml"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 images of smooth noise, in two sizes."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        size = (48, 64) if i % 2 else (80, 56)
+        pixels = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+        pixels.save(folder / f"{i:02d}.jpg", quality=95)
+    return folder
+
+
+def run(images: Path, run_dir: Path, *overrides: str, processes: int = 1) -> dict[str, torch.Tensor]:
+    """Train as a user would, from the command line; the last teacher's weights."""
+    launcher = [sys.executable, "-m"]
+    if processes > 1:
+        launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+    command = [*launcher, "dinoreg", "train", str(TINY), f"data.sources={images}", f"run_dir={run_dir}", *overrides]
+    env = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-1000:]
+    return load_file(sorted((run_dir / "teacher").iterdir())[-1])
+
+
+def metrics(run_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def baseline(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    run_dir = tmp_path_factory.mktemp("baseline") / "run"
+    return run_dir, run(images, run_dir)
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(
+            found[name], tensor, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_a_run_directory_holds_everything(baseline: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    run_dir, _ = baseline
+    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["step_00000002", "step_00000004"]
+    assert sorted(p.name for p in (run_dir / "teacher").iterdir()) == [
+        "step_00000002.safetensors",
+        "step_00000004.safetensors",
+    ]
+    assert (run_dir / "config.yaml").exists() and (run_dir / "logs" / "rank0.log").exists()
+    lines = metrics(run_dir)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert lines[-1]["images"] == 32 and lines[-1]["epoch"] == pytest.approx(32 / 24)
+    for name in ("loss/total", "loss/dino_global", "loss/dino_local", "loss/ibot", "loss/koleo", "grad_norm/backbone",
+                 "lr", "weight_decay", "teacher_momentum", "throughput/images_per_second", "data/bad"):  # fmt: skip
+        assert name in lines[-1], name
+    assert {"features/rankme", "norms/patch_q50", "teacher/entropy"} <= lines[-1].keys()
+    assert lines[0]["plateau/dino"] == pytest.approx(np.log(64))
+
+
+def test_the_logged_total_is_the_weighted_sum_of_the_logged_terms(
+    baseline: tuple[Path, dict[str, torch.Tensor]],
+) -> None:
+    for line in metrics(baseline[0]):
+        pairs_global, pairs_local = 2, 4  # 2 globals, 2 locals
+        dino = (pairs_global * line["loss/dino_global"] + pairs_local * line["loss/dino_local"]) / 6
+        # iBOT's mean is over masked crops, half of all; KoLeo's is over the two crops, and their sum is optimised.
+        total = dino + 0.5 * line["loss/ibot"] + 0.1 * 2 * line["loss/koleo"]
+        assert line["loss/total"] == pytest.approx(total, rel=1e-5)
+
+
+def test_the_config_written_is_the_run(images: Path, baseline: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    cfg = load(RunConfig, baseline[0] / "config.yaml")
+    assert cfg == load(RunConfig, TINY, [f"data.sources={images}", f"run_dir={baseline[0]}"])
+
+
+def test_the_teacher_file_opens_by_itself(baseline: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    backbone = dinoreg.load_backbone(baseline[0] / "teacher" / "step_00000004.safetensors")
+    features = backbone.forward_features(torch.zeros(2, 3, 48, 32))
+    assert features.cls.shape == (2, 32) and features.registers.shape == (2, 4, 32) and features.grid == (6, 4)
+
+
+@pytest.mark.parametrize(
+    ("processes", "overrides"),
+    [
+        (1, ["train.accumulate=4"]),
+        (1, ["data.workers=2", "efficiency.activation_checkpointing=full"]),
+        (2, ["efficiency.shard=full", "efficiency.activation_checkpointing=full"]),
+        (2, ["efficiency.shard=none", "efficiency.activation_checkpointing=selective", "train.accumulate=2"]),
+        (2, ["efficiency.shard=hybrid", "efficiency.reshard=false"]),
+    ],
+    ids=["accumulate", "workers-checkpointing", "fsdp-checkpointing", "replicated-selective-accumulate", "hybrid"],
+)
+def test_the_machine_changes_nothing(
+    processes: int,
+    overrides: list[str],
+    images: Path,
+    baseline: tuple[Path, dict[str, torch.Tensor]],
+    tmp_path: Path,
+) -> None:
+    """Processes, sharding, recomputation (FSDP with several crop sizes is pytorch #153354), accumulation, workers."""
+    assert_same(run(images, tmp_path / "run", *overrides, processes=processes), baseline[1], 1e-5)
+    for ours, theirs in zip(metrics(tmp_path / "run"), metrics(baseline[0]), strict=True):
+        for name in ("loss/total", "loss/dino_global", "loss/dino_local", "loss/ibot", "loss/koleo"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), name
+        assert ours["grad_norm/backbone"] == pytest.approx(theirs["grad_norm/backbone"], rel=1e-4)
+
+
+def test_a_run_goes_on_from_its_last_checkpoint(
+    images: Path, baseline: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    """Killed after step 2, and started again with the same command on two processes instead of one."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(baseline[0], run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / "step_00000004")
+    (run_dir / "teacher" / "step_00000004.safetensors").unlink()
+    assert_same(run(images, run_dir, processes=2), baseline[1], 1e-5)
+    assert [line["step"] for line in metrics(run_dir)] == [1, 2, 3, 4]
+
+
+def test_a_finished_run_is_left_alone(images: Path, baseline: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    before = (baseline[0] / "metrics.jsonl").read_text()
+    run(images, baseline[0])
+    assert (baseline[0] / "metrics.jsonl").read_text() == before
+
+
+def test_bf16_learns_on_a_cpu(images: Path, tmp_path: Path) -> None:
+    weights = run(images, tmp_path / "run", "train.precision=bf16")
+    assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_started_from_its_own_weights_step_0_is_the_source(
+    images: Path, baseline: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    source = baseline[0] / "teacher" / "step_00000004.safetensors"
+    cfg = load(
+        RunConfig, TINY,
+        [f"data.sources={images}", f"run_dir={tmp_path / 'run'}", f"model.init_from={source}",
+         "train.steps=1", "optim.lr=1e-30", "optim.lr_end=0"],
+    )  # fmt: skip
+    assert_same(load_file(train(cfg)), load_file(source), 1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(images: Path, tmp_path: Path) -> None:
+    cfg = load(
+        RunConfig, TINY, [f"data.sources={images}", f"run_dir={tmp_path / 'run'}", "optim.lr=1e20", "optim.clip=0"]
+    )
+    with pytest.raises(FloatingPointError, match="the loss of step"):
+        train(cfg)
