@@ -17,6 +17,7 @@ class Purpose(IntEnum):
     PHOTOMETRIC = 5
     MASK = 6
     STREAM = 7
+    PERMUTE = 8
 
 
 def generator(seed: int, purpose: Purpose, number: int, attempt: int = 0) -> np.random.Generator:
@@ -31,6 +32,7 @@ def generator(seed: int, purpose: Purpose, number: int, attempt: int = 0) -> np.
 
 
 ROUNDS = 6
+SMALL = 256
 WORD = 2**64 - 1
 
 
@@ -38,9 +40,12 @@ def permute(index: int, size: int, key: int) -> int:
     """Where `index` goes in a pseudo-random permutation of range(size), chosen by `key`, in O(1) memory.
 
     A balanced Feistel network on the next even number of bits; values beyond `size` go through it again until they
-    fall inside (cycle walking: Black and Rogaway 2002), at most four times on average.
+    fall inside (cycle walking: Black and Rogaway 2002), at most four times on average. Small sizes are shuffled outright,
+    for there the network has too few bits to be uniform.
     """
-    half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
+    if size <= SMALL:
+        return int(generator(key, Purpose.PERMUTE, size).permutation(size)[index])
+    half = ((size - 1).bit_length() + 1) // 2
     mask = (1 << half) - 1
     while True:
         left, right = index >> half, index & mask
