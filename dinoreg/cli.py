@@ -42,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if not _is_for_users(error):
             raise
-        missing = isinstance(error, OSError) and error.filename
-        print(f"dinoreg: {error.filename}: {error.strerror}" if missing else f"dinoreg: {error}", file=sys.stderr)
+        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        print(f"dinoreg: {text}", file=sys.stderr)
         sys.exit(2)
 
 
