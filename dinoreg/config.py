@@ -169,7 +169,8 @@ def _parse(path: Path) -> yaml.MappingNode:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError(f"{where}: not readable as YAML: {getattr(error, 'problem', None) or error}") from None
+        hint = "; quote texts that hold any of {}[],:#" if "flow" in str(getattr(error, "context", "")) else ""
+        raise ConfigError(f"{where}: not readable as YAML: {getattr(error, 'problem', None) or error}{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     if root is None:
@@ -227,14 +228,44 @@ def _read_override(text: str, kinds: dict[str, Any]) -> _Setting:
 
 def _value_node(key: str, value: str, kind: Any) -> yaml.Node:
     """A command-line value is YAML, except that an unquoted text stays as typed: paths hold ': ', '{' and '#'."""
-    plain = yaml.ScalarNode("tag:yaml.org,2002:str", value, style="'")
-    if (_is_text(kind) or _is_list(kind)) and value[0] not in "[\"'" and value not in ("null", "~"):
-        return plain
+    if value in ("null", "~"):
+        return _compose(key, value)
+    if _is_list(kind):
+        items = _split(value[1:-1]) if value[0] == "[" and value[-1] == "]" else [value]
+        return yaml.SequenceNode("tag:yaml.org,2002:seq", [_item_node(key, item) for item in items])
+    if _is_text(kind) and value[0] not in "\"'":
+        return _as_typed(value)
+    return _compose(key, value)
+
+
+def _item_node(key: str, item: str) -> yaml.Node:
+    """A number, a quoted text, or a mapping such as {path: a.tar, weight: 2} is YAML; a pattern {a,b}.tar is not."""
+    mapping = item.startswith("{") and re.match(r"\{\s*[\w'\"]+\s*:\s", item)
+    if mapping or item[:1] in ("'", '"') or not re.search(r"[][{}:#]", item):
+        return _compose(key, item)
+    if item.startswith("["):
+        raise ConfigError(f"cannot read the value {item} (from {COMMAND_LINE})", key=key)
+    return _as_typed(item)
+
+
+def _split(text: str) -> list[str]:
+    """Parts between commas, where these are in neither brackets nor quotes."""
+    parts = re.findall(r"""(?:'[^']*'|"[^"]*"|\{(?:[^{}]|\{[^{}]*\})*\}|[^,])+""", text)
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _as_typed(value: str) -> yaml.Node:
+    return yaml.ScalarNode("tag:yaml.org,2002:str", value, style="'")
+
+
+def _compose(key: str, value: str) -> yaml.Node:
     try:
-        return yaml.compose(value, Loader=_Loader) or plain
+        return yaml.compose(value, Loader=_Loader) or _as_typed(value)
     except yaml.YAMLError:
-        hint = "; put quotes around texts that hold any of {}[],:#" if _is_list(kind) else ""
-        raise ConfigError(f"cannot read the value {value}{hint} (from {COMMAND_LINE})", key=key) from None
+        raise ConfigError(
+            f"cannot read the value {value}; put quotes around texts that hold any of {{}}[],:# (from {COMMAND_LINE})",
+            key=key,
+        ) from None
 
 
 def _known(key: str, kinds: dict[str, Any], origin: str) -> None:

@@ -93,6 +93,17 @@ def test_defaults_then_base_then_recipe_then_command_line(tmp_path: Path) -> Non
         ("sources={a,b}.tar", ["{a,b}.tar"]),
         ("sources=pipe:curl -s http://host/a.tar", ["pipe:curl -s http://host/a.tar"]),
         ("sources=[a, 'b-{0..3}.tar', {path: c, weight: 2}]", ["a", "b-{0..3}.tar", {"path": "c", "weight": 2}]),
+        ("sources=[a-{000..004}.tar]", ["a-{000..004}.tar"]),
+        (
+            "sources=[a-{0,1}.tar, {b,c}.tar,pipe:curl http://h/d.tar]",
+            ["a-{0,1}.tar", "{b,c}.tar", "pipe:curl http://h/d.tar"],
+        ),
+        (
+            "sources=[{path: 'a-{0..3}.tar', weight: 1e-1},{path: b, weight: 2}]",
+            [{"path": "a-{0..3}.tar", "weight": 0.1}, {"path": "b", "weight": 2}],
+        ),
+        ("sources=['a,b', \"c: d\"]", ["a,b", "c: d"]),
+        ("engine.sizes=[1, 2e0]", [1.0, 2.0]),
         ("sources=[]", []),
     ],
 )
@@ -163,6 +174,7 @@ def test_unknown_key_names_file_and_line(tmp_path: Path) -> None:
         ("engine.ratios=1", "engine.ratios"),
         ("engine.sizes=[a]", "could not be converted to Float"),
         ("engine.sizes=[1", "cannot read the value [1"),
+        ("sources=[{path: a-{0..3}.tar, weight: 1}]", "put quotes around"),
         ("fast=perhaps", "not a valid bool"),
         ("speed=quick", "could not be converted to Float"),
         ("speed=.nan", "must be finite"),
@@ -190,6 +202,7 @@ def test_wrong_values_on_the_command_line(override: str, says: str) -> None:
         ("speed: 1\nengine: 7\n", "engine: is a section", 2),
         ("speed: [1\n", "not readable as YAML", 2),
         ("speed: 1\n\tname: x\n", "not readable as YAML", 2),
+        ("sources: [a-{000..004}.tar]\n", "quote texts", 1),
         ("name:\n", "name: needs a value of type str", 1),
         ("base: nowhere.yaml\n", "no recipe 'nowhere.yaml'", 1),
         ("engine:\n  power: !!python/name:os.system x\n", "engine.power", 2),
