@@ -32,10 +32,9 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def entropy_between(target: Tensor, logits: Tensor) -> Tensor:
-    """H(target, softmax(logits / T)), one prototype after the other."""
-    exponentials = [(z / STUDENT_T).exp() for z in logits]
-    total = torch.stack(exponentials).sum()
-    return -torch.stack([t * (e / total).log() for t, e in zip(target, exponentials, strict=True)]).sum()
+    """H(target, softmax(logits / T)) of one row."""
+    exponentials = (logits / STUDENT_T).exp()
+    return -(target * (exponentials / exponentials.sum()).log()).sum()
 
 
 def dino_reference(teacher: Tensor, offset: Tensor, student_global: Tensor, student_local: Tensor) -> Tensor:
