@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -112,6 +113,11 @@ class SelfDistillation(nn.Module):
         super().train(mode)
         self.teacher.eval()
         return self
+
+    @property
+    def plateaus(self) -> dict[str, float]:
+        """ln K of each term: the cross-entropy of a student that tells nothing apart."""
+        return {term: math.log(count) for term, count in self.targets.prototypes.items()}
 
     def init_weights(self) -> None:
         """Fill every parameter and buffer; the teacher starts as the student."""

@@ -36,7 +36,7 @@ class Targets(nn.Module):
 
     def __init__(self, cfg: TargetConfig, prototypes: Mapping[str, int], ranks: Ranks) -> None:
         super().__init__()
-        self.cfg, self.ranks = cfg, ranks
+        self.cfg, self.ranks, self.prototypes = cfg, ranks, dict(prototypes)
         if cfg.centering == "centering":
             for term, count in prototypes.items():
                 self.register_buffer(f"{term}_center", torch.empty(count))

@@ -34,7 +34,7 @@ from dinoreg.train.checkpoint import Checkpointer
 from dinoreg.train.clock import Clock
 from dinoreg.train.doctor import diagnose
 from dinoreg.train.knn import KnnMonitor
-from dinoreg.train.monitors import measure
+from dinoreg.train.monitors import measure, weight_distance
 from dinoreg.train.optimizer import Optimizer
 from dinoreg.train.plan import peak_flops, step_flops
 from dinoreg.train.progress import Progress
@@ -120,7 +120,10 @@ class Trainer:
         """Bring the step's numbers to the host: the one place where the device is waited for."""
         if observation is not None:
             metrics = metrics | measure(observation, self.cfg.monitor, self.ranks)
+            distance = weight_distance(self.objective.teacher, self.objective.student, self.ranks)
+            metrics["teacher/ema_distance"] = distance
         numbers = self._mean_over_ranks(metrics) | self._bad_so_far()
+        numbers |= {f"plateau/{term}": plateau for term, plateau in self.objective.plateaus.items()}
         pace = self.clock.read()
         numbers |= {
             "lr": values.lr,
@@ -245,7 +248,7 @@ class Trainer:
         return dict(zip(metrics, values.tolist(), strict=True))
 
     def _utilisation(self, images_per_second: float) -> dict[str, float]:
-        numbers = {}
+        numbers: dict[str, float] = {}
         if self.peak_flops:
             share = images_per_second / (self.peak_flops * self.ranks.world)
             nominal, executed = self.flops
