@@ -40,8 +40,8 @@ def permute(index: int, size: int, key: int) -> int:
     """Where `index` goes in a pseudo-random permutation of range(size), chosen by `key`, in O(1) memory.
 
     A balanced Feistel network on the next even number of bits; values beyond `size` go through it again until they
-    fall inside (cycle walking: Black and Rogaway 2002), at most four times on average. Small sizes are shuffled outright,
-    for there the network has too few bits to be uniform.
+    fall inside (cycle walking: Black and Rogaway 2002), at most four times on average. Small sizes are shuffled
+    outright, for there the network has too few bits to be uniform.
     """
     if size <= SMALL:
         return int(generator(key, Purpose.PERMUTE, size).permutation(size)[index])
