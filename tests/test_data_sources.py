@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
+import http.server
 import io
 import itertools
 import os
+import shutil
 import tarfile
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -230,7 +234,9 @@ def test_folders_at_any_depth_with_links_and_circles(tmp_path) -> None:
     names = [folder.name(i) for i in range(len(folder))]
     assert len(names) == 9 and names == sorted(set(names))
     assert [int(folder.read(i)) for i in range(9)] == [int(Path(name).stem) for name in names]
+    assert folder.sizes().tolist() == [1] * 9
     (root / names[0]).unlink()
+    assert folder.sizes().tolist() == [0] + [1] * 8
     with pytest.raises(BadImage) as caught:
         folder.read(0)
     assert caught.value.reason == "missing" and folder.locate(0) == (str(root), names[0])
@@ -282,6 +288,23 @@ def test_streams_read_everything_once_a_pass(tmp_path) -> None:
             stream = Stream(urls, buffer=1, key=3, consumer=consumer, consumers=consumers)
             found += [int(stream.next().read()) for _ in range(80 // consumers - 1)]
         assert len(found) == len(set(found)) == 80 - consumers  # all but the one that each still holds
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset reads URLs with curl")
+def test_urls(tmp_path) -> None:
+    write_shards(tmp_path, [6, 6])
+    handler = functools.partial(QuietHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/s-{{000..001}}.tar"
+        found = numbers_of(open_sources(DataConfig(sources=[url], stream_buffer=1)), 0, 11)
+        server.shutdown()
+    assert len(set(found)) == 11 and set(found) <= set(range(12))
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        pass
 
 
 def test_streams_are_shuffled_and_repeatable(tmp_path) -> None:
