@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
+from dinoreg.data.batch import Crops
+from dinoreg.models.heads import HeadConfig
+from dinoreg.models.vit import Features, ModelConfig
+from dinoreg.objectives.self_distillation import DinoConfig, ObjectiveConfig, SelfDistillation
+from dinoreg.parallel.mesh import Ranks
 from dinoreg.train.doctor import diagnose
+from dinoreg.train.monitors import MonitorConfig, measure, weight_distance
 
 LN_K = math.log(4096)
 Record = dict[str, float]
@@ -158,3 +167,153 @@ def test_knn_that_falls_below_its_start() -> None:
     assert names(scored(0.7, 0.5, 0.4)) == ["k-NN below its start"]
     assert names(scored(0.7, 0.5, 0.75)) == []
     assert names(scored(0.7, 0.5)) == []  # one dip is no trend
+
+
+# -------------------------------------------------------------------------------------------------------- real runs
+
+PROTOTYPES, WIDTH = 128, 32
+SCENES = nn.functional.interpolate(
+    1.5 * torch.randn(64, 3, 4, 4, generator=torch.Generator().manual_seed(1)), size=(24, 24), mode="bilinear"
+)
+
+
+def make_crops(step: int, images: int = 20) -> Crops:
+    """Noisy cuts from 64 blurred scenes; every other image has masks."""
+    rng = torch.Generator().manual_seed(step)
+    which = torch.randint(0, len(SCENES), (images, 1), generator=rng)
+
+    def cut(count: int, size: int) -> Tensor:
+        windows = SCENES.unfold(2, size, 1).unfold(3, size, 1)  # (64, 3, y, x, size, size)
+        y, x = torch.randint(0, 24 - size + 1, (2, images, count), generator=rng)
+        crops = windows[which, :, y, x]
+        return crops + 0.2 * torch.randn(crops.shape, generator=rng)
+
+    masks = torch.zeros(images, 2, 16, dtype=torch.bool)
+    masks[::2, :, :5] = True
+    return Crops(cut(2, 16), cut(2, 8), masks, masks.flatten().nonzero()[:, 0])
+
+
+class Run:
+    """A few steps of self-distillation on a tiny ViT, with the metrics that the trainer logs."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        head = HeadConfig(prototypes=PROTOTYPES, hidden_dim=64, bottleneck_dim=WIDTH)
+        self.cfg = ObjectiveConfig(dino=DinoConfig(head=head))
+        model = ModelConfig(
+            embed_dim=WIDTH, depth=2, num_heads=2, patch_size=4, image_size=16, num_registers=2, layerscale=1.0
+        )
+        self.objective = SelfDistillation(self.cfg, model, Ranks.alone())
+        self.objective.init_weights()
+        self.lr, self.temperature = 2e-3, 0.05
+        self.after_step: Callable[[], None] = lambda: None
+        self.history: list[Record] = []
+
+    def backbones(self) -> list[nn.Module]:
+        return [self.objective.student["backbone"], self.objective.teacher["backbone"]]
+
+    def go(self, steps: int = 200) -> list[str]:
+        """Train until the doctor says something, or for all steps; returns what it says at last."""
+        optimizer = torch.optim.AdamW(self.objective.student.parameters(), lr=self.lr)
+        for step in range(1, steps + 1):
+            optimizer.zero_grad()
+            metrics, seen = self.objective.forward_backward(
+                [make_crops(step)], teacher_temperature=self.temperature, seed=step, observe=step % 10 == 0
+            )
+            student, teacher = self.backbones()
+            metrics["grad_norm/backbone"] = nn.utils.clip_grad_norm_(student.parameters(), 3.0)
+            optimizer.step()
+            self.after_step()
+            self.objective.update_teacher(0.95)
+            if seen is None:
+                continue
+            metrics |= measure(seen, MonitorConfig(), Ranks.alone())
+            metrics["teacher/ema_distance"] = weight_distance(teacher, student, Ranks.alone())
+            fixed = {"step": step, "lr": self.lr, "plateau/dino": math.log(PROTOTYPES)}
+            self.history.append({**fixed, **{name: float(value) for name, value in metrics.items()}})
+            if found := names(self.history):
+                return found
+        return []
+
+
+def change_features(run: Run, networks: list[nn.Module], change: Callable[[Tensor], Tensor]) -> None:
+    def hook(_: nn.Module, __: Any, found: list[Features]) -> list[Features]:
+        return [replace(each, cls=change(each.cls), patches=change(each.patches)) for each in found]
+
+    for network in networks:
+        network.register_forward_hook(hook)
+
+
+def blind(run: Run) -> None:
+    """Both networks get the same image, whatever the crop."""
+    for network in run.backbones():
+        network.register_forward_pre_hook(lambda _, args: ([torch.zeros_like(x) for x in args[0]], *args[1:]))
+
+
+def heat(run: Run) -> None:
+    run.temperature = 100.0
+
+
+def push_prototypes_away(run: Run) -> None:
+    """Seven in ten prototypes answer 0 to everything."""
+
+    def push() -> None:
+        for network in (run.objective.student, run.objective.teacher):
+            with torch.no_grad():
+                network["dino_head"].last_layer.weight_g[: 7 * PROTOTYPES // 10] = 0
+
+    push()
+    run.after_step = push
+
+
+def flatten(run: Run) -> None:
+    direction = nn.functional.normalize(torch.randn(WIDTH), dim=0)
+    change_features(run, run.backbones(), lambda x: (x @ direction)[..., None] * direction)
+
+
+def freeze(run: Run) -> None:
+    run.lr = 0.0
+
+
+def cut_gradient(run: Run) -> None:
+    change_features(run, run.backbones()[:1], lambda x: x.detach() + 0 * x)
+
+
+def deafen(run: Run) -> None:
+    """The student's answers are too soft to ever match the targets."""
+    run.cfg.targets.student_temperature = 1000.0
+
+
+def share(run: Run) -> None:
+    run.objective.teacher = run.objective.student
+
+
+INJECTED = {
+    blind: "constant output",
+    heat: "uniform output",
+    push_prototypes_away: "dead prototypes",
+    flatten: "rank collapse",
+    freeze: "loss stuck at ln K",
+    deafen: "loss stuck at ln K",
+    share: "teacher is student",
+}
+
+
+@pytest.mark.parametrize(("fault", "name"), INJECTED.items(), ids=[fault.__name__ for fault in INJECTED])
+def test_an_injected_fault_is_named_within_200_steps(fault: Callable[[Run], None], name: str) -> None:
+    run = Run()
+    fault(run)
+    assert run.go() == [name]
+
+
+def test_a_backbone_without_gradient_is_named() -> None:
+    run = Run()
+    cut_gradient(run)
+    (found,) = run.go()
+    assert found in ("backbone at rest", "loss stuck at ln K")  # the head alone may still learn something
+
+
+def test_the_run_without_a_fault_is_left_in_peace() -> None:
+    run = Run()
+    assert run.go() == []
+    assert run.history[-1]["loss/dino_global"] < 0.98 * math.log(PROTOTYPES)  # it did learn

@@ -29,7 +29,7 @@ def make_observation(samples: int = 24, width: int = 16, prototypes: int = 40, s
         student_cls=normal(samples, width),
         tokens_prenorm=normal(samples, 1 + REGISTERS + PATCHES, width).exp(),
         num_registers=REGISTERS,
-        dino_targets=(4 * normal(samples, prototypes)).softmax(1),
+        dino_targets=(torch.linspace(0.1, 4, prototypes) * normal(samples, prototypes)).softmax(1),
         dino_cross_entropy=torch.tensor(5.5),
     )
 
@@ -46,7 +46,10 @@ def reference(seen: SimpleNamespace, outlier_norm: float) -> dict[str, float]:
         sum(targets[i, k] * math.log(targets[i, k] / mean[k]) for i in range(samples)) / samples
         for k in range(prototypes)
     ]
-    dead = sum(part < sum(information) / prototypes / 10 for part in information) / prototypes
+    total = sum(information)
+    dead = (
+        sum(i < 0.25 * m * total or m < 0.01 / prototypes for i, m in zip(information, mean, strict=True)) / prototypes
+    )
 
     unit = teacher / np.sqrt((teacher**2).sum(1, keepdims=True))
     pairs = [unit[i] @ unit[j] for i in range(samples) for j in range(samples) if i != j]
@@ -65,7 +68,9 @@ def reference(seen: SimpleNamespace, outlier_norm: float) -> dict[str, float]:
         "prototypes/samples": samples,
         "features/rankme": math.exp(-(share * np.log(share)).sum()),
         "features/rank_limit": min(teacher.shape),
-        "features/cls_std": math.sqrt(teacher.shape[1]) * unit.std(0).mean(),
+        "features/cls_std": math.sqrt(
+            np.mean([((t - teacher.mean(0)) ** 2).sum() for t in teacher]) / np.mean([t @ t for t in teacher])
+        ),
         "features/cls_cosine": np.mean(pairs),
         "teacher/student_cosine": np.mean(
             [t @ s / math.sqrt((t @ t) * (s @ s)) for t, s in zip(teacher, student, strict=True)]

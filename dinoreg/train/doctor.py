@@ -7,7 +7,7 @@ brings the symptoms of the others along (features that are all equal also have r
 
 A network at its beginning looks collapsed: class tokens almost equal, targets uniform, loss at ln K. Nothing of that
 kind is therefore said before PATIENCE steps, while the learning rate still rises (for at most LONG_PATIENCE steps),
-or while the sign in question moves away from its bad value.
+or while the sign in question recovers.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ LONG_PATIENCE = 1000  # steps for which a rising learning rate excuses it
 MONITORED = "teacher/entropy"  # present in the records that hold the monitors, which are rarer than the losses
 
 NOTHING_MOVES = 1e-7  # a learning rate below it changes no fp32 weight of usual size; a gradient norm neither
-CONSTANT_STD = 0.05  # of features/cls_std, which is 1 for isotropic features: a mean cosine of 0.9975
+CONSTANT_STD = 0.05  # of features/cls_std: the class tokens differ by a twentieth of their length, a cosine of 0.9975
 CONSTANT_MARGINAL = 0.05  # of ln K: all targets together use K ** 0.05 prototypes (2 of 65536)
-UNIFORM_GAP = 0.01  # of ln K: cosines with random prototypes alone make targets sharper than that
+UNIFORM_GAP = 0.005  # of ln K: cosines with random prototypes alone make targets sharper than that
 RANK_SHARE = 0.01  # of the largest possible RankMe, and never less than MIN_RANK directions
 MIN_RANK = 2.0
 DEAD_SHARE = 0.5
-PLATEAU_GAP = 0.01  # of ln K
-MOVING = 0.1  # relative change of a sign within the window that counts as moving away from its bad value
+PLATEAU_GAP = 0.005  # of ln K
+MOVING = 0.1  # a sign recovers when it grows by this share of itself within the window,
+NOISE = 0.02  # and by more than this share of its threshold
+FALLING = 0.3  # of PLATEAU_GAP, within the window
 STARVING = 0.3  # share of the time spent waiting for data
 BAD_SAMPLES = 0.01
 KNN_DROP = 0.1  # of the first k-NN accuracy
@@ -98,10 +100,15 @@ class _Signs:
         values = self.recent(name)
         return bool(values) and all(holds(value) for value in values)
 
-    def moves(self, values: Sequence[float]) -> bool:
-        """Whether values that ought to grow do so: the second half of them against the first."""
+    def grows(self, values: Sequence[float], threshold: float) -> bool:
+        """Whether a sign that should be above its threshold is on its way: the window's second half against the first.
+
+        Below a small share of the threshold, growth is noise.
+        """
         half = len(values) // 2
-        return fmean(values[-half:]) > fmean(values[:half]) * (1 + MOVING) if half else False
+        if not half:
+            return False
+        return fmean(values[-half:]) > fmean(values[:half]) * (1 + MOVING) + NOISE * threshold
 
     def everything(self, name: str) -> list[float]:
         return [record[name] for record in self.history if name in record]
@@ -133,14 +140,15 @@ def _nothing_moves(signs: _Signs) -> bool:
     )
 
 
-def _stuck_because_nothing_moves(signs: _Signs) -> Diagnosis | None:
+def _backbone_rests(signs: _Signs) -> Diagnosis | None:
     """Without updates the run keeps every sign of the untrained network; the lack of updates names it."""
-    if not _nothing_moves(signs) or not _at_plateau(signs):
+    if not _nothing_moves(signs):
         return None
     no_rate = signs.every("lr", lambda lr: lr < NOTHING_MOVES)
+    stuck = signs.every("loss/dino_global", lambda loss: loss > (1 - PLATEAU_GAP) * signs.plateau)
     return Diagnosis(
-        "loss stuck at ln K",
-        f"the loss stays at its plateau, ln K = {signs.plateau:.2f}, and the backbone does not change",
+        "loss stuck at ln K" if stuck else "backbone at rest",
+        f"the backbone does not change (and the loss of a student that knows nothing is ln K = {signs.plateau:.2f})",
         "the learning rate is zero" if no_rate else "no gradient reaches the backbone",
         "raise optim.lr" if no_rate else "look for a detach() or no_grad() between backbone and loss",
     )
@@ -149,7 +157,9 @@ def _stuck_because_nothing_moves(signs: _Signs) -> Diagnosis | None:
 def _constant_output(signs: _Signs) -> Diagnosis | None:
     """Features do not depend on the image, or all targets sit on the same few prototypes."""
     spread = signs.recent("features/cls_std")
-    same_features = signs.every("features/cls_std", lambda std: std < CONSTANT_STD) and not signs.moves(spread)
+    same_features = signs.every("features/cls_std", lambda std: std < CONSTANT_STD) and not signs.grows(
+        spread, CONSTANT_STD
+    )
     same_targets = signs.every("teacher/marginal_entropy", lambda entropy: entropy < CONSTANT_MARGINAL * signs.plateau)
     if not same_features and not same_targets:
         return None
@@ -170,9 +180,12 @@ def _constant_output(signs: _Signs) -> Diagnosis | None:
 def _rank_collapse(signs: _Signs) -> Diagnosis | None:
     """Features vary, but along hardly any direction."""
     ranks, limits = signs.recent("features/rankme"), signs.recent("features/rank_limit")
-    low = ranks and limits and all(r < max(MIN_RANK, RANK_SHARE * m) for r, m in zip(ranks, limits, strict=True))
-    spread = signs.every("features/cls_std", lambda std: std >= CONSTANT_STD)
-    if not low or not spread or signs.moves([rank - 1 for rank in ranks]):
+    if not ranks or not limits:
+        return None
+    threshold = max(MIN_RANK, RANK_SHARE * min(limits))
+    spread = signs.window[-1].get("features/cls_std", 0.0) >= CONSTANT_STD
+    beyond_one = [rank - 1 for rank in ranks]
+    if max(ranks) >= threshold or not spread or signs.grows(beyond_one, threshold - 1):
         return None
     return Diagnosis(
         "rank collapse",
@@ -185,7 +198,8 @@ def _rank_collapse(signs: _Signs) -> Diagnosis | None:
 def _uniform_output(signs: _Signs) -> Diagnosis | None:
     """Targets say nothing about their image: both entropies are ln K."""
     gaps = [signs.plateau - entropy for entropy in signs.recent("teacher/entropy")]
-    if not gaps or not all(gap < UNIFORM_GAP * signs.plateau for gap in gaps) or signs.moves(gaps):
+    threshold = UNIFORM_GAP * signs.plateau
+    if not gaps or not max(gaps) < threshold or signs.grows(gaps, threshold):
         return None
     return Diagnosis(
         "uniform output",
@@ -197,34 +211,31 @@ def _uniform_output(signs: _Signs) -> Diagnosis | None:
 
 def _dead_prototypes(signs: _Signs) -> Diagnosis | None:
     """Most prototypes tell nothing about the images, in batches large enough to show it."""
-    if not signs.every("prototypes/dead_share", lambda share: share > DEAD_SHARE):
+    shares = signs.recent("prototypes/dead_share")
+    if not shares or median(shares) <= DEAD_SHARE:
         return None
     for record in signs.window:
+        if record["teacher/marginal_entropy"] - record["teacher/entropy"] < UNIFORM_GAP * signs.plateau:
+            return None  # no prototype can tell what the targets do not contain
         # A target spreads over exp(entropy) prototypes: together the samples must be able to reach all K.
         if record["prototypes/samples"] * math.exp(record["teacher/entropy"]) < math.exp(signs.plateau):
             return None
-    share = signs.window[-1]["prototypes/dead_share"]
     return Diagnosis(
         "dead prototypes",
-        f"{share:.0%} of the prototypes say nothing about the images",
+        f"{median(shares):.0%} of the prototypes say nothing about the images",
         "more prototypes than the data can fill, or prototypes that drifted away while they were not chosen",
         "lower objective.dino.head.prototypes, lengthen optim.freeze_last_layer, or use "
         "objective.targets.centering=sinkhorn",
     )
 
 
-def _at_plateau(signs: _Signs) -> bool:
-    """The loss is at ln K or above, and does not fall."""
-    losses = signs.recent("loss/dino_global")
-    if not losses or not all(loss > (1 - PLATEAU_GAP) * signs.plateau for loss in losses):
-        return False
-    half = len(losses) // 2
-    return fmean(losses[:half]) - fmean(losses[-half:]) < PLATEAU_GAP / 10 * signs.plateau
-
-
 def _stuck_at_plateau(signs: _Signs) -> Diagnosis | None:
-    """Targets are informative and the student does not follow them."""
-    if not _at_plateau(signs):
+    """Targets are informative and the student does not follow them: its loss is at ln K or above."""
+    threshold, losses = PLATEAU_GAP * signs.plateau, signs.recent("loss/dino_global")
+    if not losses or not min(losses) > signs.plateau - threshold:
+        return None
+    half = len(losses) // 2
+    if fmean(losses[:half]) - fmean(losses[-half:]) > FALLING * threshold:
         return None
     return Diagnosis(
         "loss stuck at ln K",
@@ -236,7 +247,7 @@ def _stuck_at_plateau(signs: _Signs) -> Diagnosis | None:
 
 COLLAPSES: tuple[Callable[[_Signs], Diagnosis | None], ...] = (
     _teacher_is_student,
-    _stuck_because_nothing_moves,
+    _backbone_rests,
     _constant_output,
     _rank_collapse,
     _uniform_output,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # Images over all ranks whose features and norms are looked at. RankMe is cubic in this number, and at 512 rows it is
 # a few milliseconds; its value then cannot exceed 512, which `features/rank_limit` tells.
 ROWS = 512
+TOLD, CHOSEN = 0.25, 0.01  # below these shares a prototype is dead, see target_statistics
 RANKME_EPS = 1e-7  # RankMe (Garrido et al. 2023), eq. 1, for fp32
 
 
@@ -72,10 +73,11 @@ def target_statistics(targets: Tensor, cross_entropy: Tensor, ranks: Ranks) -> d
     teacher/kl                KL(teacher || student) = cross-entropy - teacher/entropy; near 0 both have collapsed
                               (DINO, section 5.3)
     prototypes/perplexity     exp of the marginal entropy: prototypes in use, K at most
-    prototypes/dead_share     prototypes that carry less than a tenth of their fair share (1/K) of that information.
-        A prototype is dead when no sample chooses it, and also when all samples choose it alike; Sinkhorn-Knopp forces
-        mass onto every prototype, so that counting mass would never find any. `prototypes/samples`, the number of
-        samples, tells how far one batch can show this: it cannot where samples are few against K.
+    prototypes/dead_share     prototypes that are hardly ever chosen (less than CHOSEN of an equal share) or chosen by
+        all samples almost alike: that such a prototype was chosen says less than TOLD of what the average one says
+        about the sample. The second half is needed because Sinkhorn-Knopp forces mass onto every prototype.
+        `prototypes/samples`, the number of samples, tells how far one batch can show this: it cannot where samples are
+        few against K.
     """
     targets = targets.float()
     samples = len(targets) * ranks.world
@@ -84,15 +86,15 @@ def target_statistics(targets: Tensor, cross_entropy: Tensor, ranks: Ranks) -> d
     entropy, marginal = doubt.sum(), torch.special.entr(mass)
     # Mutual information of sample and prototype, H(mean target) - mean H(target), split by prototype: each summand is
     # mass * (ln n - H(sample | prototype)), hence never negative but for rounding.
-    split = (marginal - doubt).clamp_min(0)
-    dead = (split <= split.mean() / 10).float().mean()
+    told = (marginal - doubt).clamp_min(0)
+    dead = (told <= TOLD * mass * told.sum()) | (mass < CHOSEN / len(mass))
     return {
         "teacher/entropy": entropy,
         "teacher/marginal_entropy": marginal.sum(),
         "teacher/kl": _mean_over_ranks(cross_entropy, ranks) - entropy,
         "prototypes/perplexity": marginal.sum().exp(),
-        "prototypes/dead_share": dead,
-        "prototypes/samples": torch.full_like(dead, samples),
+        "prototypes/dead_share": dead.float().mean(),
+        "prototypes/samples": torch.full_like(entropy, samples),
     }
 
 
@@ -101,7 +103,7 @@ def feature_statistics(teacher_cls: Tensor, student_cls: Tensor, ranks: Ranks) -
 
     features/rankme      effective rank, exp of the entropy of the singular values (RankMe, eq. 1), of at most ROWS rows
     features/rank_limit  the largest value it could take, min(rows, D)
-    features/cls_std     std over samples of the L2-normalised features, times sqrt(D): isotropic 1, constant 0
+    features/cls_std     distance from their mean over their length (both root mean squares): centred 1, constant 0
     features/cls_cosine  mean cosine between different samples
     teacher/student_cosine  mean cosine between teacher and student of the same crop
     """
@@ -114,7 +116,7 @@ def feature_statistics(teacher_cls: Tensor, student_cls: Tensor, ranks: Ranks) -
     return {
         "features/rankme": rankme(features),
         "features/rank_limit": cosine.new_full((), min(rows, width)),
-        "features/cls_std": unit.std(0, correction=0).mean() * math.sqrt(width),
+        "features/cls_std": (features.var(0, correction=0).sum() / features.square().sum(1).mean()).sqrt(),
         "features/cls_cosine": cosine,
         "teacher/student_cosine": _mean_over_ranks(agreement, ranks),
     }
