@@ -177,7 +177,7 @@ SCENES = nn.functional.interpolate(
 )
 
 
-def make_crops(step: int, images: int = 20) -> Crops:
+def make_crops(step: int, images: int = 32) -> Crops:
     """Noisy cuts from 64 blurred scenes; every other image has masks."""
     rng = torch.Generator().manual_seed(step)
     which = torch.randint(0, len(SCENES), (images, 1), generator=rng)
