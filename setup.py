@@ -10,7 +10,7 @@ from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
 
-DEMO = ["scikit-image", "scikit-learn", "matplotlib"]
+DEMO = ["scikit-image", "scikit-learn"]  # they bring the photographs
 
 
 class BuildWithRecipes(build_py):
@@ -41,8 +41,10 @@ setup(
         "pyyaml",
         "fvcore",
         "webdataset",
+        "braceexpand",
         "safetensors",
         "rich",
+        "matplotlib",
         "wandb",
         "submitit",
     ],

@@ -30,8 +30,8 @@ from dinoreg.data.batch import Batch
 from dinoreg.data.masks import MaskConfig, draw_masks
 from dinoreg.data.photometric import draw
 from dinoreg.parallel.mesh import Ranks, setup_ranks
+from dinoreg.train.flops import peak_flops, step_flops
 from dinoreg.train.optimizer import Optimizer
-from dinoreg.train.plan import peak_flops, step_flops
 from dinoreg.train.recipe import RunConfig, check_world
 from dinoreg.train.schedules import Schedules
 from dinoreg.train.trainer import build_objective, train_step

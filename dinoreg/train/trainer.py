@@ -33,10 +33,11 @@ from dinoreg.train import pictures
 from dinoreg.train.checkpoint import Checkpointer
 from dinoreg.train.clock import Clock
 from dinoreg.train.doctor import diagnose
+from dinoreg.train.flops import peak_flops, step_flops
 from dinoreg.train.knn import KnnMonitor
 from dinoreg.train.monitors import measure, weight_distance
 from dinoreg.train.optimizer import Optimizer
-from dinoreg.train.plan import peak_flops, step_flops
+from dinoreg.train.plan import warnings_of
 from dinoreg.train.progress import Progress
 from dinoreg.train.recipe import RunConfig, check_world
 from dinoreg.train.schedules import Schedules, StepValues
@@ -83,6 +84,8 @@ class Trainer:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             (self.run_dir / "config.yaml").write_text(to_yaml(cfg))
             logger.info(self.schedules.describe())
+            for warning in warnings_of(cfg, self.sources.num_samples):
+                logger.warning(f"careful: {warning}")
             self.tracker = Tracker(cfg.tracking, self.run_dir, asdict(cfg), self.start, say=logger.info)
             self.progress = Progress(self.schedules.total_steps, self.start)
 
