@@ -76,7 +76,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, tensor: Tensor, ranks: Ranks) -> Tensor:
         ctx.ranks, ctx.rows = ranks, len(tensor)
         out = tensor.new_empty((ranks.world * len(tensor), *tensor.shape[1:]))
-        dist.all_gather_into_tensor(out, tensor.contiguous())
+        dist.all_gather(list(out.chunk(ranks.world)), tensor.contiguous())
         return out
 
     @staticmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -56,7 +57,9 @@ def train(cfg: RunConfig) -> Path:
     """
     ranks = setup_ranks()
     try:
-        with _logging_to(Path(cfg.run_dir) / "logs", ranks):
+        with _logging_to(Path(cfg.run_dir) / "logs", ranks), warnings.catch_warnings():
+            # Features are views of one packed tensor; what FSDP warns of is work on them in place, and there is none.
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
             return Trainer(cfg, ranks).run()
     finally:
         ranks.close()
