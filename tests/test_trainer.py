@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 
 import dinoreg
 from dinoreg.config import load
+from dinoreg.parallel.mesh import Ranks
+from dinoreg.train.knn import KnnMonitor
 from dinoreg.train.recipe import RunConfig
 from dinoreg.train.trainer import train
 
@@ -114,8 +116,19 @@ def test_the_teacher_file_opens_by_itself(baseline: tuple[Path, dict[str, torch.
         (2, ["efficiency.shard=full", "efficiency.activation_checkpointing=full"]),
         (2, ["efficiency.shard=none", "efficiency.activation_checkpointing=selective", "train.accumulate=2"]),
         (2, ["efficiency.shard=hybrid", "efficiency.reshard=false"]),
+        pytest.param(
+            *(2, ["efficiency.compile=true", "efficiency.activation_checkpointing=selective"]),
+            marks=pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here"),
+        ),
     ],
-    ids=["accumulate", "workers-checkpointing", "fsdp-checkpointing", "replicated-selective-accumulate", "hybrid"],
+    ids=[
+        "accumulate",
+        "workers-checkpointing",
+        "fsdp-checkpointing",
+        "replicated-selective-accumulate",
+        "hybrid",
+        "compile",
+    ],
 )
 def test_the_machine_changes_nothing(
     processes: int,
@@ -155,16 +168,48 @@ def test_bf16_learns_on_a_cpu(images: Path, tmp_path: Path) -> None:
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in weights.values())
 
 
-def test_started_from_its_own_weights_step_0_is_the_source(
-    images: Path, baseline: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes, reddish and bluish noise, 20 images each."""
+    folder, rng = tmp_path_factory.mktemp("labelled"), np.random.default_rng(1)
+    for name, tint in (("red", (90, 0, 0)), ("blue", (0, 0, 90))):
+        (folder / name).mkdir()
+        for i in range(20):
+            pixels = rng.integers(0, 166, (32, 32, 3)) + np.array(tint)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{i}.png")
+    return folder
+
+
+def test_started_from_weights_step_0_is_the_source(
+    images: Path, labelled: Path, baseline: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
+    """The same features and the same k-NN; the log names what was taken."""
     source = baseline[0] / "teacher" / "step_00000004.safetensors"
     cfg = load(
-        RunConfig, TINY,
-        [f"data.sources={images}", f"run_dir={tmp_path / 'run'}", f"model.init_from={source}",
-         "train.steps=1", "optim.lr=1e-30", "optim.lr_end=0"],
-    )  # fmt: skip
+        RunConfig,
+        TINY,
+        [
+            *(f"data.sources={images}", f"run_dir={tmp_path / 'run'}", f"model.init_from={source}"),
+            *("train.steps=1", "optim.lr=1e-30", "optim.lr_end=0"),
+            *(f"monitor.knn_train={labelled}", "monitor.knn_every=1", "monitor.knn_k=5"),
+        ],
+    )
     assert_same(load_file(train(cfg)), load_file(source), 1e-6)
+    first = metrics(tmp_path / "run")[0]
+    knn = KnnMonitor(cfg.monitor, cfg.model, cfg.photometric, Ranks.alone())
+    assert first["step"] == 0 and first["knn/top1"] == knn(dinoreg.load_backbone(source))
+    log = (tmp_path / "run" / "logs" / "rank0.log").read_text()
+    assert "100.00% of the parameters" in log and "taken    register_tokens" in log
+
+
+def test_pictures_and_metrics_reach_wandb_offline(images: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run(images, run_dir, "tracking.wandb=offline", "tracking.pictures_every=2")
+    names = sorted(path.name for path in (run_dir / "pictures").iterdir())
+    assert names == [f"{kind}_{step:08d}.png" for kind in ("attention", "crops") for step in (1, 2, 4)]
+    (offline,) = (run_dir / "wandb").glob("offline-run-*")
+    sent = {path.name.rsplit("_", 2)[0] for path in (offline / "files" / "media" / "images" / "pictures").iterdir()}
+    assert sent == {"crops", "attention"}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(images: Path, tmp_path: Path) -> None:
