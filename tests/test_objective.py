@@ -154,6 +154,11 @@ def test_parts_change_nothing(options: dict[str, Any], parts: int) -> None:
         torch.testing.assert_close(center, expected)
 
 
+def test_eight_parts_of_32_equal_one_of_256() -> None:
+    crops, whole, split = tiny_crops(256), tiny_objective(), tiny_objective()
+    assert_equal(run(split, split_crops(crops, 8)), run(whole, [crops]), 1e-5)
+
+
 def test_koleo_over_parts_sees_the_very_tokens_that_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes them from a pass without local crops, beforehand, which must drop the same rows."""
     objective, parts = tiny_objective(drop_path=0.5), split_crops(tiny_crops(12), 2)
