@@ -21,9 +21,8 @@ from dinoreg.config import ConfigError
 from dinoreg.data import tarindex
 from dinoreg.data.counter import Purpose, generator, make_key, permute
 from dinoreg.data.images import BadImage, DataError
-from dinoreg.data.loader import DataConfig
 from dinoreg.data.order import MIX_BLOCK, EpochOrder, Mixture
-from dinoreg.data.sources import Reader, Sources, open_sources
+from dinoreg.data.sources import DataConfig, Reader, Sources, open_sources
 from dinoreg.data.stored import Folder, Shards
 from dinoreg.data.streams import Stream
 

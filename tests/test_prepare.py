@@ -17,10 +17,9 @@ from dinoreg.config import ConfigError
 from dinoreg.data import inspect, prepare, shardwriter, tarindex
 from dinoreg.data.crops import CropConfig
 from dinoreg.data.images import open_picture
-from dinoreg.data.loader import DataConfig
 from dinoreg.data.photometric import PhotometricConfig
 from dinoreg.data.prepare import PrepareOptions
-from dinoreg.data.sources import open_sources
+from dinoreg.data.sources import DataConfig, open_sources
 from dinoreg.data.stored import Shards
 
 SMALL = PrepareOptions(shard_size_mb=0.02)

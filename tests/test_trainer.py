@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from slurm_lab import SlurmLab, missing
 
 import dinoreg
 from dinoreg.config import load
@@ -38,13 +39,17 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(images: Path, run_dir: Path, *overrides: str, processes: int = 1) -> dict[str, torch.Tensor]:
+def run(
+    images: Path, run_dir: Path, *overrides: str, processes: int = 1, slurm: SlurmLab | None = None
+) -> dict[str, torch.Tensor]:
     """Train as a user would, from the command line; the last teacher's weights."""
     launcher = [sys.executable, "-m"]
-    if processes > 1:
+    if slurm is not None:
+        launcher = ["srun", f"-N{processes}", f"-n{processes}", *launcher]
+    elif processes > 1:
         launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
     command = [*launcher, "dinoreg", "train", str(TINY), f"data.sources={images}", f"run_dir={run_dir}", *overrides]
-    env = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    env = (slurm.env if slurm else os.environ) | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-1000:]
     return load_file(sorted((run_dir / "teacher").iterdir())[-1])
@@ -143,6 +148,14 @@ def test_the_machine_changes_nothing(
         for name in ("loss/total", "loss/dino_global", "loss/dino_local", "loss/ibot", "loss/koleo"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), name
         assert ours["grad_norm/backbone"] == pytest.approx(theirs["grad_norm/backbone"], rel=1e-4)
+
+
+@pytest.mark.skipif(bool(missing()), reason=f"a real Slurm is not installed: {', '.join(missing())} missing")
+def test_the_same_under_srun(images: Path, baseline: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+    """Two nodes of a real Slurm, without a flag: weights sharded within a node and replicated across."""
+    with SlurmLab(tmp_path / "lab") as lab:
+        weights = run(images, tmp_path / "run", "efficiency.shard=hybrid", processes=2, slurm=lab)
+    assert_same(weights, baseline[1], 1e-5)
 
 
 def test_a_run_goes_on_from_its_last_checkpoint(

@@ -21,11 +21,11 @@ from dinoreg.config import ConfigError
 from dinoreg.data.batch import BadSample
 from dinoreg.data.crops import CropConfig
 from dinoreg.data.images import BadImage, open_picture
-from dinoreg.data.loader import DataConfig, build_loader
+from dinoreg.data.loader import build_loader
 from dinoreg.data.masks import MaskConfig
 from dinoreg.data.photometric import PhotometricConfig, develop
 from dinoreg.data.pool import run_jobs
-from dinoreg.data.sources import Collection, Sources, StoredEntry, open_sources
+from dinoreg.data.sources import Collection, DataConfig, Sources, StoredEntry, open_sources
 
 CHUNK = 256  # samples a job
 SHRINK = 4  # reads a whole JPEG, so that damage shows, but computes a sixteenth of its pixels

@@ -9,7 +9,7 @@ import signal
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,32 +22,11 @@ from dinoreg.data.crops import CropConfig, cut
 from dinoreg.data.images import BadImage, DataError, open_picture
 from dinoreg.data.masks import MaskConfig, draw_masks
 from dinoreg.data.photometric import NUM_PARAMETERS, PhotometricConfig, draw
-from dinoreg.data.sources import Reader, Sources
+from dinoreg.data.sources import DataConfig, Reader, Sources
 
 MAX_WORKERS = 16  # a rank, when chosen here
 MAX_ATTEMPTS = 100  # samples tried for one place in a batch
 LEAST_TRIED = 100  # samples before the share of bad ones is judged; fewer where the data are fewer
-
-
-@dataclass
-class DataConfig:
-    """Where images come from, and how the host reads them."""
-
-    # Folders, tar shards (brace patterns), `pipe:` or http URLs; or {path: ..., weight: ...} to mix by weight.
-    sources: list[Any] = field(default_factory=list)
-    workers: int = -1  # processes a rank; -1 chooses from the cores at hand, 0 loads in the main process
-    prefetch: int = 2  # batches each worker prepares ahead
-    shuffle_window: int = 16  # shards whose samples are shuffled together, to keep reads local
-    stream_buffer: int = 1000  # samples held for shuffling where shards can only be streamed
-    max_bad_share: float = 0.05  # of the samples tried; beyond it the run stops
-
-    def check(self) -> None:
-        """Raises ConfigError."""
-        for key, least in (("workers", -1), ("prefetch", 1), ("shuffle_window", 1), ("stream_buffer", 1)):
-            if getattr(self, key) < least:
-                raise ConfigError(f"must be at least {least}", key=key)
-        if not 0 <= self.max_bad_share <= 1:
-            raise ConfigError("must be a share, between 0 and 1", key="max_bad_share")
 
 
 class TooManyBadSamples(DataError):

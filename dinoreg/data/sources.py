@@ -5,9 +5,9 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from braceexpand import braceexpand
@@ -18,8 +18,26 @@ from dinoreg.data.order import LEAST_SHARE, EpochOrder, Mixture
 from dinoreg.data.stored import Source, open_stored
 from dinoreg.data.streams import Stream, is_streamed
 
-if TYPE_CHECKING:
-    from dinoreg.data.loader import DataConfig
+
+@dataclass
+class DataConfig:
+    """Where images come from, and how the host reads them."""
+
+    # Folders, tar shards (brace patterns), `pipe:` or http URLs; or {path: ..., weight: ...} to mix by weight.
+    sources: list[Any] = field(default_factory=list)
+    workers: int = -1  # processes a rank; -1 chooses from the cores at hand, 0 loads in the main process
+    prefetch: int = 2  # batches each worker prepares ahead
+    shuffle_window: int = 16  # shards whose samples are shuffled together, to keep reads local
+    stream_buffer: int = 1000  # samples held for shuffling where shards can only be streamed
+    max_bad_share: float = 0.05  # of the samples tried; beyond it the run stops
+
+    def check(self) -> None:
+        """Raises ConfigError."""
+        for key, least in (("workers", -1), ("prefetch", 1), ("shuffle_window", 1), ("stream_buffer", 1)):
+            if getattr(self, key) < least:
+                raise ConfigError(f"must be at least {least}", key=key)
+        if not 0 <= self.max_bad_share <= 1:
+            raise ConfigError("must be a share, between 0 and 1", key="max_bad_share")
 
 
 class Collection:

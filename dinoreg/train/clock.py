@@ -20,6 +20,9 @@ class Clock:
     """Images a second of training alone: saving, k-NN and pictures are left out, waiting for data is told apart."""
 
     def __init__(self) -> None:
+        self._restart()
+
+    def _restart(self) -> None:
         self._start = time.perf_counter()
         self._images = 0
         self._waited = self._paused = 0.0
@@ -45,5 +48,5 @@ class Clock:
         """The pace since the last reading; starts a new interval."""
         elapsed = max(time.perf_counter() - self._start - self._paused, 1e-9)
         interval = Interval(self._images / elapsed, min(self._waited / elapsed, 1.0))
-        self.__init__()  # type: ignore[misc]
+        self._restart()
         return interval

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from dinoreg.config import ConfigError
 from dinoreg.data.crops import CropConfig
-from dinoreg.data.loader import DataConfig
 from dinoreg.data.masks import MaskConfig
 from dinoreg.data.photometric import PhotometricConfig
+from dinoreg.data.sources import DataConfig
 from dinoreg.models.vit import ModelConfig
 from dinoreg.objectives.self_distillation import ObjectiveConfig
 from dinoreg.parallel.shard import EfficiencyConfig

@@ -46,7 +46,9 @@ class Report:
             self.progress.close()
             self.tracker.close(failed=kind is not None)
             if kind is KeyboardInterrupt:
-                logger.warning(f"stopped; the same command goes on from the last of {self.cfg.run_dir}/checkpoints")
+                saved = sorted(Path(self.cfg.run_dir, "checkpoints").glob("step_????????"))
+                where = f"goes on from {saved[-1]}" if saved else "begins anew, for nothing was saved yet"
+                logger.warning(f"stopped; the same command {where}")
 
     def step_done(self, step: int) -> None:
         """Move the progress bar; cheap."""

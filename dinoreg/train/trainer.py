@@ -5,19 +5,18 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import sys
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.profiler import record_function
 
-from dinoreg.config import to_yaml
 from dinoreg.data.batch import Batch
 from dinoreg.data.images import REASONS
 from dinoreg.data.loader import BatchLoader, build_loader, prefetch_to_device
@@ -33,16 +32,14 @@ from dinoreg.parallel.shard import parallelize
 from dinoreg.train import pictures
 from dinoreg.train.checkpoint import Checkpointer
 from dinoreg.train.clock import Clock
-from dinoreg.train.doctor import diagnose
 from dinoreg.train.flops import peak_flops, step_flops
 from dinoreg.train.knn import KnnMonitor
 from dinoreg.train.monitors import measure, weight_distance
 from dinoreg.train.optimizer import Optimizer
 from dinoreg.train.plan import warnings_of
-from dinoreg.train.progress import Progress
 from dinoreg.train.recipe import RunConfig, check_world
+from dinoreg.train.report import Report
 from dinoreg.train.schedules import Schedules, StepValues
-from dinoreg.train.tracking import Tracker
 
 logger = logging.getLogger("dinoreg")
 
@@ -81,22 +78,18 @@ class Trainer:
         self.knn = KnnMonitor(cfg.monitor, cfg.model, cfg.photometric, ranks) if cfg.monitor.knn_every else None
         self.clock = Clock()
         self.flops, self.peak_flops = step_flops(cfg), peak_flops(ranks.device)
-        self.history: deque[dict[str, float]] = deque(maxlen=500)
-        self.tracker = self.progress = None
         if ranks.is_main:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            (self.run_dir / "config.yaml").write_text(to_yaml(cfg))
             logger.info(self.schedules.describe())
             for warning in warnings_of(cfg, self.sources.num_samples):
                 logger.warning(f"careful: {warning}")
-            self.tracker = Tracker(cfg.tracking, self.run_dir, asdict(cfg), self.start, say=logger.info)
-            self.progress = Progress(self.schedules.total_steps, self.start)
+        length = self.schedules.total_steps
+        self.report = Report(cfg, length, self.start, self.sources.num_samples, speaks=ranks.is_main)
 
     def run(self) -> Path:
         """Train to the end. Steps are counted when they are done: step 1 is the first."""
         last = self.schedules.total_steps
         batches = iter(prefetch_to_device(self.loader, self.ranks.device))
-        with _unhurried_garbage_collection() as collect_garbage:
+        with self.report, _unhurried_garbage_collection() as collect_garbage:
             if self.start == 0:
                 self._look_in(0)
             for step in range(self.start + 1, last + 1):
@@ -114,13 +107,12 @@ class Trainer:
                 if saving or observe or step == 1 or step % self.cfg.train.log_every == 0:
                     self.log(step, metrics, values, observation)
                     collect_garbage()
-                if self.progress is not None:
-                    self.progress.update(step)
+                self.report.step_done(step)
                 with self.clock.paused():
                     if saving:
                         self.save(step)
                     self._look_in(step, batch)
-        return self.finish(last)
+        return self._finish(last)
 
     def log(self, step: int, metrics: dict[str, Tensor], values: StepValues, observation: Observation | None) -> None:
         """Bring the step's numbers to the host: the one place where the device is waited for."""
@@ -130,17 +122,17 @@ class Trainer:
             metrics["teacher/ema_distance"] = distance
         numbers = self._mean_over_ranks(metrics) | self._bad_so_far()
         numbers |= {f"plateau/{term}": plateau for term, plateau in self.objective.plateaus.items()}
-        pace = self.clock.read()
+        interval = self.clock.read()
         numbers |= {
             "lr": values.lr,
             "weight_decay": values.weight_decay,
             "teacher_momentum": values.teacher_momentum,
             "teacher_temperature": values.teacher_temperature,
-            "throughput/images_per_second": pace.images_per_second,
-            "throughput/data_wait_share": pace.data_wait_share,
+            "throughput/images_per_second": interval.images_per_second,
+            "throughput/data_wait_share": interval.data_wait_share,
         }
-        numbers |= self._utilisation(pace.images_per_second)
-        self._record(step, numbers)
+        numbers |= self._utilisation(interval.images_per_second)
+        self.report.record(step, numbers)
         if not math.isfinite(numbers["loss/total"]):
             raise FloatingPointError(
                 f"the loss of step {step} is {numbers['loss/total']}: nothing was saved after it; lower optim.lr, or "
@@ -160,12 +152,10 @@ class Trainer:
         backbone.load_state_dict(state, assign=True)
         return backbone.requires_grad_(False).eval().to(self.ranks.device)
 
-    def finish(self, step: int) -> Path:
-        """Close what is open and say where the result lies."""
+    def _finish(self, step: int) -> Path:
+        """Say where the result lies."""
         weights = self.checkpointer.teachers / f"step_{step:08d}.safetensors"
-        if self.tracker is not None and self.progress is not None:
-            self.progress.close()
-            self.tracker.close()
+        if self.ranks.is_main:
             if self.start == step:
                 logger.info(f"{self.run_dir} already has all its {step} steps; give another run_dir to start afresh")
             logger.info(f"teacher: {weights}")
@@ -209,45 +199,26 @@ class Trainer:
 
     def _look_in(self, step: int, batch: Batch | None = None) -> None:
         """The k-NN and the pictures, when their time has come."""
-        cfg = self.cfg
-        classify = self.knn is not None and step % cfg.monitor.knn_every == 0
-        draw = (
-            cfg.tracking.pictures_every > 0
-            and batch is not None
-            and (step == 1 or step % cfg.tracking.pictures_every == 0)
-        )
+        every, last = self.cfg.tracking.pictures_every, step == self.schedules.total_steps
+        classify = self.knn is not None and (last or step % self.cfg.monitor.knn_every == 0)
+        draw = batch is not None and every > 0 and (last or step == 1 or step % every == 0)
         if not (classify or draw):
             return
         teacher = self.teacher()
         if classify and self.knn is not None:
-            self._record(step, {"knn/top1": self.knn(teacher)})
+            self.report.record(step, {"knn/top1": self.knn(teacher)})
         if draw and batch is not None and self.ranks.is_main:
             self._draw(step, batch, teacher)
         self.ranks.barrier()
 
     def _draw(self, step: int, batch: Batch, teacher: VisionTransformer) -> None:
-        assert self.tracker is not None
+        """Augmented crops, and what the teacher sees in two of them before their colours were changed."""
         folder, photometric = self.run_dir / "pictures", self.cfg.photometric
         crops = pictures.crops_picture(develop(batch, photometric), photometric, folder / f"crops_{step:08d}.png")
         photos = list(batch.global_crops[:2, 0])
         attention = pictures.look(teacher, photos, folder / f"attention_{step:08d}.png", photometric)
-        self.tracker.log_picture(step, "crops", crops)
-        self.tracker.log_picture(step, "attention", attention)
-
-    def _record(self, step: int, numbers: dict[str, float]) -> None:
-        """To metrics.jsonl, wandb, the progress bar and the doctor."""
-        samples = self.sources.num_samples
-        seen = step * self.cfg.train.batch_size
-        numbers = {"step": step, "images": seen, **({"epoch": seen / samples} if samples else {}), **numbers}
-        if self.tracker is None or self.progress is None:
-            return
-        self.tracker.log(step, numbers)
-        self.progress.update(step, numbers)
-        known = {d.name for d in diagnose(self.history)}
-        self.history.append(numbers)
-        for diagnosis in diagnose(self.history):
-            if diagnosis.name not in known:
-                self.progress.say(f"step {step}: {diagnosis}")
+        self.report.picture(step, "crops", crops)
+        self.report.picture(step, "attention", attention)
 
     def _mean_over_ranks(self, metrics: dict[str, Tensor]) -> dict[str, float]:
         values = self.ranks.sum_(torch.stack([value.detach().float() for value in metrics.values()])) / self.ranks.world
@@ -344,13 +315,21 @@ def _unhurried_garbage_collection() -> Iterator[Callable[[], int]]:
         gc.unfreeze()
 
 
+class _Terminal(logging.StreamHandler[TextIO]):
+    """Looks up sys.stderr for each line: while the progress bar is shown, it has put its own there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.setStream(sys.stderr)
+        super().emit(record)
+
+
 @contextmanager
 def _logging_to(folder: Path, ranks: Ranks) -> Iterator[None]:
     """Everything to logs/rank<r>.log; what a person should read to the terminal of the main process."""
     folder.mkdir(parents=True, exist_ok=True)
     file = logging.FileHandler(folder / f"rank{ranks.rank}.log")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    terminal = logging.StreamHandler()
+    terminal = _Terminal()
     terminal.setLevel(logging.INFO if ranks.is_main else logging.ERROR)
     handlers: list[logging.Handler] = [file, terminal]
     for handler in handlers:
