@@ -5,6 +5,7 @@ Nothing heavy is imported before it is known which subcommand is wanted, so that
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -29,6 +30,9 @@ Pretrain vision transformers with registers, and look at what came out.
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one subcommand and exit with its status: 0, 1 for findings, 2 for a mistake, told in one line."""
+    # Threads that spin while they wait for each other cost six times their use as soon as the data workers, or anybody
+    # else, want the same cores. OpenMP reads this once, when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     words = list(sys.argv[1:] if arguments is None else arguments)
     command, rest = _find_command(words)
     if command is None:
