@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import os
 import shutil
 import sys
 import tarfile
@@ -54,8 +55,8 @@ FEWEST_PHOTOS = 8  # below it the packages have changed and the numbers would me
 # Quarters of a photo as (column, row): two diagonals, so that both parts show something of each object.
 SEEN, UNSEEN = ((0, 0), (1, 1)), ((1, 0), (0, 1))
 TILE = 96  # pixels
-TILES_PER_PHOTO, CROPS_PER_PHOTO = 120, 30
-KNN_READINGS = 10  # during the training, besides the first
+TILES_PER_PHOTO, CROPS_PER_PHOTO = 120, 50
+KNN_READINGS = 6  # during the training, besides the first
 CURVE = 32  # characters
 SHOWN = ("astronaut", "coffee")
 
@@ -111,17 +112,17 @@ def run(out: Path, steps: int | None = None) -> None:
         (out / "metrics.jsonl", "these numbers and many more, step by step"),
         (out / "data", "the shards"),
     ):
-        say(f"   {path}   [dim]{meaning}[/dim]")
+        say(f"   {path}  [dim]{meaning}[/dim]")
 
-    command = "dinoreg" if shutil.which("dinoreg") else Path(sys.executable).with_name("dinoreg")
+    command = "dinoreg" if shutil.which("dinoreg") else os.path.relpath(Path(sys.executable).with_name("dinoreg"))
     say("\n[bold]5. What to try next[/bold]")
     for words, meaning in (
-        (f"look {weights} PHOTO.jpg", "the same picture of a photo of yours"),
+        (f"look {weights} PHOTO.jpg", "this picture of your photo"),
         ("train demo data.sources=/my/images run_dir=runs/mine", "the same network on your images"),
         ("train own_images_1gpu data.sources=/my/images", "a network for use, on a GPU"),
         (f"doctor {out}", "what the numbers of a run say about its health"),
     ):
-        say(f"   {command} {words}   [dim]{meaning}[/dim]")
+        say(f"   {command} {words}  [dim]{meaning}[/dim]")
 
 
 def _configure(out: Path, data: DemoData, steps: int | None) -> RunConfig:
@@ -141,18 +142,18 @@ def report(history: Sequence[Mapping[str, float]], chance: float) -> list[str]:
     lines = []
     for label, name, shape, meaning in (
         ("loss", "loss/total", "6.3f", "what is optimised: DINO + iBOT + KoLeo"),
-        ("DINO", "loss/dino_local", "6.3f", "of it the part that compares crops; ln K = {plateau:.3f} says nothing"),
+        ("DINO", "loss/dino_local", "6.3f", "its part on local crops; ln K = {plateau:.3f} is ignorance"),
         ("k-NN", "knn/top1", "6.1%", "which photo is this crop from? (chance {chance:.1%})"),
     ):
         values = [record[name] for record in history if name in record]
-        plateau = max((record.get("plateau/dino", math.nan) for record in history), default=math.nan)
+        plateau = max((record["plateau/dino"] for record in history if "plateau/dino" in record), default=math.nan)
         curve = f"{values[0]:{shape}} {sparkline(values):<{CURVE}} {values[-1]:{shape}}"
         lines.append(f"{label}  {curve}   {meaning.format(plateau=plateau, chance=chance)}")
     first, *_, last = [record["knn/top1"] for record in history if "knn/top1" in record]
     lines.append(
-        f"The untrained network names the photo of {first:.1%} of the crops, the teacher that of {last:.1%}: all from "
-        "quarters of the photos that were never trained on."
+        f"The untrained network names the right photo for {first:.1%} of the crops, the trained one for {last:.1%};"
     )
+    lines.append("all are cut from quarters of the photos that were never trained on.")
     return lines
 
 
@@ -223,7 +224,7 @@ def _quarter(photo: Image.Image, column: int, row: int) -> Image.Image:
 
 
 def _random_square(region: Image.Image, rng: np.random.Generator) -> Image.Image:
-    side = round(min(region.size) * rng.uniform(0.4, 1.0))
+    side = round(min(region.size) * rng.uniform(0.5, 1.0))
     left, top = (int(rng.integers(0, length - side + 1)) for length in region.size)
     return region.crop((left, top, left + side, top + side)).resize((TILE, TILE), Image.Resampling.BICUBIC)
 
@@ -231,7 +232,7 @@ def _random_square(region: Image.Image, rng: np.random.Generator) -> Image.Image
 def _disturb(tile: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Another light, another camera: what a photo's identity should survive."""
     for enhancer in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-        tile = enhancer(tile).enhance(rng.uniform(0.5, 1.5))
+        tile = enhancer(tile).enhance(rng.uniform(0.6, 1.4))
     if rng.random() < 0.5:
         tile = tile.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return tile.convert("L").convert("RGB") if rng.random() < 0.5 else tile

@@ -79,6 +79,7 @@ def test_the_whole_demo_in_a_few_steps(
     asked = parser.parse_args(["--out", str(tmp_path / "run"), "--steps", "2"])
     assert demo.main(asked) == 0
     said = capsys.readouterr().out
+    assert "nan" not in said
     for expected in ("registers.png", "k-NN", "loss", "step_00000002.safetensors", "dinoreg train own_images_1gpu"):
         assert expected in said, expected
     with Image.open(tmp_path / "run" / "registers.png") as picture:

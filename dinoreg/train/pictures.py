@@ -84,7 +84,8 @@ class _Row:
         photo.imshow(_viewable(self.pixels))
         photo.set_ylabel(self.name, fontsize=9)
         for axis, weights in zip(attention, self.attention, strict=True):
-            axis.imshow(weights.numpy(), cmap="magma")
+            # A few patches may take so much that all others would be black.
+            axis.imshow(weights.numpy(), cmap="magma", vmax=float(weights.quantile(0.99)))
             low, high = (weights.min() * weights.numel(), weights.max() * weights.numel())
             axis.set_xlabel(f"{low:.2g} to {high:.2g} × uniform\n{weights.sum():.0%} on patches", fontsize=7)
         colours.imshow(self.colours)
