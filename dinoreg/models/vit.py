@@ -48,6 +48,7 @@ class ModelConfig:
     image_size: int = 224  # pixels; the learnt position grid is image_size / patch_size on each side
     in_channels: int = 3
     num_registers: int = 4
+    register_std: float = 1e-6  # of their initial values; DINOv3's is 0.02, with which they part sooner
     ffn: Literal["mlp", "swiglu"] = "mlp"
     layerscale: float = 1e-5  # initial gain of each residual branch; 0 leaves LayerScale out
     drop_path: float = 0.0  # share of rows whose residual branch is skipped, student only
@@ -88,6 +89,8 @@ class ModelConfig:
             raise ConfigError("an image has at least one channel", key="in_channels")
         if self.num_registers < 0:
             raise ConfigError("cannot be negative", key="num_registers")
+        if self.register_std < 0:
+            raise ConfigError("cannot be negative", key="register_std")
         if not 0 <= self.drop_path < 1:
             raise ConfigError(f"{self.drop_path} is not a share in [0, 1)", key="drop_path")
         if not 0 <= self.pos_offset < 1:
@@ -159,7 +162,7 @@ class VisionTransformer(nn.Module):
         nn.init.normal_(self.cls_token, std=1e-6)
         nn.init.zeros_(self.mask_token)
         if self.register_tokens is not None:
-            nn.init.normal_(self.register_tokens, std=1e-6)
+            nn.init.normal_(self.register_tokens, std=self.config.register_std)
         for block in self.blocks:
             block.init_weights()  # type: ignore[operator]
         self.norm.reset_parameters()
