@@ -26,7 +26,7 @@ class LoopConfig:
     """Length and pace. Give exactly one of steps, epochs, images."""
 
     batch_size: int = 64  # source images a step, over all GPUs and all accumulated parts
-    accumulate: int = 1  # parts in which each rank runs its share of the batch; results do not change
+    accumulate: int = 1  # parts in which each rank runs its share of the batch; losses still see the whole batch
     steps: int | None = None
     epochs: float | None = None  # true passes over the data
     images: float | None = None
