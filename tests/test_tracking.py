@@ -96,7 +96,12 @@ def test_a_key_without_a_network_goes_offline_quickly(tmp_path: Path, monkeypatc
 
 def test_a_silent_network_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "NETWORK_PATIENCE", 0.2)
-    monkeypatch.setattr(tracking.urllib.request, "urlopen", lambda *_, **__: time.sleep(3))
+
+    def keep_silent(*_: object, **__: object) -> None:
+        time.sleep(3)
+        raise TimeoutError
+
+    monkeypatch.setattr(tracking.urllib.request, "urlopen", keep_silent)
     begun = time.monotonic()
     assert not tracking._answers("http://silent.example")
     assert time.monotonic() - begun < 1
