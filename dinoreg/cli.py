@@ -231,7 +231,7 @@ def _is_for_users(error: Exception) -> bool:
     """
     from dinoreg.config import ConfigError
 
-    if isinstance(error, ConfigError | FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
+    if isinstance(error, ConfigError) or (isinstance(error, OSError) and error.filename is not None):
         return True
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
     ours = Path(raised_in).is_relative_to(Path(__file__).parent)

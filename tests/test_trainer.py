@@ -170,6 +170,14 @@ def test_a_run_goes_on_from_its_last_checkpoint(
     assert [line["step"] for line in metrics(run_dir)] == [1, 2, 3, 4]
 
 
+def test_another_architecture_does_not_resume(images: Path, tmp_path: Path) -> None:
+    options = [f"data.sources={images}", f"run_dir={tmp_path / 'run'}", "train.steps=2"]
+    train(load(RunConfig, TINY, options))
+    for change in ("model.embed_dim=64", "model.depth=4", "model.num_registers=2"):
+        with pytest.raises(ValueError, match=r"cannot resume from .*step_00000002: .*give another run_dir"):
+            train(load(RunConfig, TINY, [*options, "train.steps=4", change]))
+
+
 def test_a_finished_run_is_left_alone(images: Path, baseline: tuple[Path, dict[str, torch.Tensor]]) -> None:
     before = (baseline[0] / "metrics.jsonl").read_text()
     run(images, baseline[0])

@@ -18,6 +18,7 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -97,9 +98,9 @@ class Checkpointer:
         state = _state(objective, optimizer, step=0)
         try:
             dcp.load(state, checkpoint_id=checkpoint, no_dist=not dist.is_initialized())
-        except Exception as error:
+        except (Exception, CheckpointException) as error:
             raise ValueError(
-                f"cannot resume from {checkpoint}: {_first_line(error)}; "
+                f"cannot resume from {checkpoint}: {_reason(error)}; "
                 "if the architecture was changed, give another run_dir"
             ) from error
         # The model's tensors were filled in place; the optimizer's are handed back by name.
@@ -120,5 +121,8 @@ def _state(objective: nn.Module, optimizer: Optimizer, step: int) -> dict[str, A
     }
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong, on whichever rank it did."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

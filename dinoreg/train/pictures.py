@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dinoreg.data.batch import Crops
-from dinoreg.data.images import open_picture
+from dinoreg.data.images import BadImage, open_picture
 from dinoreg.data.photometric import PhotometricConfig
 from dinoreg.models.maps import attention_maps, patch_norms, pca_rgb
 from dinoreg.models.vit import VisionTransformer
@@ -91,7 +91,7 @@ class _Row:
         colours.imshow(self.colours)
         drawn = norms.imshow(self.norms.numpy(), cmap="viridis")
         norms.figure.colorbar(drawn, cax=bar).ax.tick_params(labelsize=7)
-        outliers = (self.norms > self.norms.mean() + 3 * self.norms.std()).float().mean()
+        outliers = (self.norms > self.norms.mean() + 3 * self.norms.std(correction=0)).float().mean()
         norms.set_xlabel(
             f"median {self.norms.median():.3g}, max {self.norms.max():.3g}\n{outliers:.1%} above mean + 3 std",
             fontsize=7,
@@ -143,7 +143,10 @@ def _grey_out(crops: Tensor, masks: Tensor) -> Tensor:
 def _prepare(photo: Photo, model: VisionTransformer, side: int) -> Tensor:
     """A photo as uint8 (C, H, W), its short side about `side` pixels, both sides multiples of the patch size."""
     if isinstance(photo, str | Path):
-        pixels = open_picture(Path(photo).read_bytes(), model.in_channels).decode()
+        try:
+            pixels = open_picture(Path(photo).read_bytes(), model.in_channels).decode()
+        except BadImage as error:
+            raise ValueError(f"{photo}: {error.reason}") from error
     elif isinstance(photo, Image.Image):
         pixels = torch.from_numpy(np.array(photo.convert("RGB"))).permute(2, 0, 1)
     else:
