@@ -81,7 +81,7 @@ def train(words: Sequence[str]) -> int:
 
     from dinoreg.train.recipe import RunConfig
 
-    config = load(RunConfig, asked.config, asked.overrides)
+    config = load(RunConfig, asked.config, [*_other_lengths_off(asked.overrides), *asked.overrides])
     if asked.dry_run:
         from dinoreg.train.plan import print_plan
 
@@ -92,6 +92,13 @@ def train(words: Sequence[str]) -> int:
 
     run(config)
     return 0
+
+
+def _other_lengths_off(overrides: Sequence[str]) -> list[str]:
+    """A length on the command line takes the place of the recipe's, in whichever unit that is."""
+    units = ("steps", "epochs", "images")
+    given = [unit for unit in units if any(text.startswith(f"train.{unit}=") for text in overrides)]
+    return [f"train.{unit}=null" for unit in units if unit not in given] if len(given) == 1 else []
 
 
 def data_prepare(words: Sequence[str]) -> int:

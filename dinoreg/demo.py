@@ -73,7 +73,9 @@ class DemoData:
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The options of `dinoreg demo`."""
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="everything is written here (%(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/demo_photos"), help="everything is written here (%(default)s)"
+    )
     parser.add_argument("--steps", type=int, help="length of the training (default: that of configs/demo.yaml)")
 
 

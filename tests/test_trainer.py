@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from slurm_lab import SlurmLab, missing
 
 import dinoreg
 from dinoreg.config import load
+from dinoreg.objectives.self_distillation import SelfDistillation
 from dinoreg.parallel.mesh import Ranks
 from dinoreg.train.knn import KnnMonitor
 from dinoreg.train.recipe import RunConfig
@@ -233,9 +235,36 @@ def test_pictures_and_metrics_reach_wandb_offline(images: Path, tmp_path: Path) 
     assert sent == {"crops", "attention"}
 
 
+def test_a_gradient_that_is_not_finite_is_never_saved(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of the very step is still finite, but its update ruins the weights."""
+    original = SelfDistillation.forward_backward
+
+    def poisoned(self: SelfDistillation, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        next(self.student.parameters()).grad.fill_(torch.inf)
+        return result
+
+    monkeypatch.setattr(SelfDistillation, "forward_backward", poisoned)
+    cfg = load(RunConfig, TINY, [f"data.sources={images}", f"run_dir={tmp_path / 'run'}", "checkpoint.every=1"])
+    with pytest.raises(FloatingPointError, match="grad_norm/backbone of step 1 is"):
+        train(cfg)
+    assert not list((tmp_path / "run").glob("*/step_*"))
+
+
+def test_going_on_with_other_options_is_said(images: Path, tmp_path: Path) -> None:
+    options = [f"data.sources={images}", f"run_dir={tmp_path / 'run'}", "train.steps=2"]
+    train(load(RunConfig, TINY, options))
+    train(load(RunConfig, TINY, [*options, "train.steps=4", "optim.lr=0.002"]))
+    log = (tmp_path / "run" / "logs" / "rank0.log").read_text()
+    assert "careful: goes on with optim.lr=0.002, until now it was 0.001" in log
+    assert "goes on with train.steps=4, until now it was 2" in log
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(images: Path, tmp_path: Path) -> None:
     cfg = load(
         RunConfig, TINY, [f"data.sources={images}", f"run_dir={tmp_path / 'run'}", "optim.lr=1e20", "optim.clip=0"]
     )
-    with pytest.raises(FloatingPointError, match="the loss of step"):
+    with pytest.raises(FloatingPointError, match="loss/total of step"):
         train(cfg)

@@ -150,7 +150,7 @@ class BatchLoader:
                 pin_memory=torch.cuda.is_available(),
                 worker_init_fn=_start_worker,
                 # Not fork: the main process holds threads and a CUDA context, which do not survive it.
-                multiprocessing_context=_context() if self.workers else None,
+                multiprocessing_context=worker_context() if self.workers else None,
             )
         except DataError as error:
             # A worker's exception arrives with its traceback; the last line is what people need.
@@ -212,7 +212,7 @@ def choose_workers(local_world: int) -> int:
     return max(0, min(MAX_WORKERS, len(os.sched_getaffinity(0)) // local_world - 1))
 
 
-def _context() -> Any:
+def worker_context() -> Any:
     """Workers from a server process that has imported this module once, so that each starts in a moment."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])

@@ -37,8 +37,8 @@ class MaskConfig:
 
 
 def block_size(batch_size: int) -> int:
-    """Images in one block of masks: the largest common divisor, so that blocks never cross a step."""
-    return math.gcd(batch_size, BLOCK)
+    """Images in one block of masks: the largest divisor of the batch up to BLOCK, so that blocks never cross a step."""
+    return max(size for size in range(1, BLOCK + 1) if batch_size % size == 0)
 
 
 def block_counts(cfg: MaskConfig, images: int, patches: int) -> NDArray[np.int64]:

@@ -93,13 +93,8 @@ def setup_ranks(timeout_minutes: float = 30) -> Ranks:
     the one that started this process. A single process gets a group of its own too, since FSDP2 wants a mesh.
     """
     rank, world, local_rank, local_world = _from_environment()
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = _device(local_rank)
     if device.type == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise RuntimeError(
-                f"process {local_rank} on {socket.gethostname()} has no GPU: {torch.cuda.device_count()} are visible; "
-                "start one process a GPU"
-            )
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -109,6 +104,19 @@ def setup_ranks(timeout_minutes: float = 30) -> Ranks:
             device_id=device if device.type == "cuda" else None,
         )  # fmt: skip
     return Ranks(rank, world, local_rank, local_world, device)
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    visible = torch.cuda.device_count()
+    if visible == 1 and "SLURM_PROCID" in os.environ:
+        return torch.device("cuda", 0)  # srun --gpus-per-task=1 shows each task its own GPU alone
+    if local_rank >= visible:
+        raise ValueError(
+            f"process {local_rank} on {socket.gethostname()} has no GPU: {visible} are visible; start one process a GPU"
+        )
+    return torch.device("cuda", local_rank)
 
 
 def _from_environment() -> tuple[int, int, int, int]:

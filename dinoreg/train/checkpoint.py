@@ -65,7 +65,10 @@ class Checkpointer:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         self.ranks.barrier()
-        dcp.save(_state(objective, optimizer, step), checkpoint_id=partial, no_dist=not dist.is_initialized())
+        try:
+            dcp.save(_state(objective, optimizer, step), checkpoint_id=partial, no_dist=not dist.is_initialized())
+        except CheckpointException as error:  # a BaseException
+            raise ValueError(f"cannot write {partial}: {_reason(error)}; earlier checkpoints are whole") from error
         self.ranks.barrier()
         if self.ranks.is_main:
             shutil.rmtree(final, ignore_errors=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from dinoreg.data.labelled import LabelledImages
+from dinoreg.data.loader import worker_context
 from dinoreg.data.photometric import PhotometricConfig
 from dinoreg.models.knn import knn_classify
 from dinoreg.models.vit import ModelConfig, VisionTransformer
@@ -64,8 +65,9 @@ class KnnMonitor:
         total = len(images)  # type: ignore[arg-type]
         share = -(-total // self.ranks.world)
         mine = list(range(self.ranks.rank, total, self.ranks.world))
-        workers = min(8, (os.cpu_count() or 1) // self.ranks.local_world) if total >= WORTH_WORKERS else 0
-        loader = DataLoader(Subset(images, mine), BATCH, num_workers=workers)
+        workers = min(8, len(os.sched_getaffinity(0)) // self.ranks.local_world) if total >= WORTH_WORKERS else 0
+        context = worker_context() if workers else None
+        loader = DataLoader(Subset(images, mine), BATCH, num_workers=workers, multiprocessing_context=context)
         features = torch.zeros(share, backbone.embed_dim, device=self.ranks.device)
         labels = torch.full((share,), -1, device=self.ranks.device)
         done, reported = 0, time.monotonic()

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from dinoreg.config import ConfigError
 from dinoreg.data.crops import CropConfig
-from dinoreg.data.masks import MaskConfig
+from dinoreg.data.masks import MaskConfig, block_counts, block_size
 from dinoreg.data.photometric import PhotometricConfig
 from dinoreg.data.sources import DataConfig
 from dinoreg.models.vit import ModelConfig
@@ -161,6 +161,13 @@ def _check_objective(config: RunConfig) -> None:
         raise ConfigError("nothing to learn: objective.ibot.weight is 0 too", key="objective.dino.weight")
     if objective.ibot.weight and not config.masks.probability:
         raise ConfigError("iBOT needs masks; for none set objective.ibot.weight=0", key="masks.probability")
+    patches = (config.crops.global_size // config.model.patch_size) ** 2
+    if objective.ibot.weight and not block_counts(config.masks, block_size(batch), patches).any():
+        raise ConfigError(
+            f"never masks a patch, with masks.probability {config.masks.probability}, crops of {patches} patches and "
+            f"batches of {batch}; raise one of them, or set objective.ibot.weight=0",
+            key="masks.ratio",
+        )
     if objective.koleo.weight:
         group = objective.koleo.group or batch
         if group < 2:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-from dinoreg.config import to_yaml
+from dinoreg.config import load, to_yaml
 from dinoreg.train.doctor import diagnose
 from dinoreg.train.progress import Progress
 from dinoreg.train.recipe import RunConfig
@@ -17,6 +18,21 @@ from dinoreg.train.tracking import Tracker
 logger = logging.getLogger("dinoreg")
 
 REMEMBERED = 500  # records that the doctor looks back on
+
+
+def changes(written: Path, cfg: RunConfig) -> list[str]:
+    """What differs between the configuration that a run was started with and the one that it goes on with."""
+    if not written.is_file():
+        return []
+    old, new = _flat(load(RunConfig, written)), _flat(cfg)
+    return [f"goes on with {key}={new[key]}, until now it was {old[key]}" for key in new if new[key] != old[key]]
+
+
+def _flat(part: Any, prefix: str = "") -> dict[str, Any]:
+    """Options by dotted key."""
+    if not is_dataclass(part):
+        return {prefix[:-1]: part}
+    return {k: v for f in fields(part) for k, v in _flat(getattr(part, f.name), f"{prefix}{f.name}.").items()}
 
 
 class Report:

@@ -108,7 +108,8 @@ def _drop_lines_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    kept = [line for line in lines if (record := _parse(line)) is not None and record["step"] <= step]
+    # A run that begins anew has done nothing yet, not even its step 0.
+    kept = [line for line in lines if step > 0 and (record := _parse(line)) is not None and record["step"] <= step]
     fresh = path.with_suffix(".jsonl.new")
     fresh.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     fresh.replace(path)

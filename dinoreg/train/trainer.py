@@ -38,7 +38,7 @@ from dinoreg.train.monitors import measure, weight_distance
 from dinoreg.train.optimizer import Optimizer
 from dinoreg.train.plan import warnings_of
 from dinoreg.train.recipe import RunConfig, check_world
-from dinoreg.train.report import Report
+from dinoreg.train.report import Report, changes
 from dinoreg.train.schedules import Schedules, StepValues
 
 logger = logging.getLogger("dinoreg")
@@ -57,7 +57,11 @@ def train(cfg: RunConfig) -> Path:
         with _logging_to(Path(cfg.run_dir) / "logs", ranks), warnings.catch_warnings():
             # Features are views of one packed tensor; what FSDP warns of is work on them in place, and there is none.
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-            return Trainer(cfg, ranks).run()
+            try:
+                return Trainer(cfg, ranks).run()
+            except BaseException:
+                logger.debug("ended by", exc_info=True)  # to the log of the rank that it happened on
+                raise
     finally:
         ranks.close()
 
@@ -70,10 +74,12 @@ class Trainer:
         self.cfg, self.ranks, self.run_dir = cfg, ranks, Path(cfg.run_dir)
         self.sources = open_sources(cfg.data)
         self.schedules = Schedules(cfg, self.sources.num_samples)
-        self.objective = build_objective(cfg, ranks)
-        self.optimizer = Optimizer(self.objective.student, cfg.optim)
+        self._agree_on_sources()
         self.checkpointer = Checkpointer(self.run_dir, cfg.checkpoint, ranks)
-        self.start = self._resume()
+        checkpoint = self.checkpointer.latest()
+        self.objective = build_objective(cfg, ranks, from_weights=checkpoint is None)
+        self.optimizer = Optimizer(self.objective.student, cfg.optim)
+        self.start = self._resume(checkpoint) if checkpoint else 0
         self.loader = self._open_loader()
         self.knn = KnnMonitor(cfg.monitor, cfg.model, cfg.photometric, ranks) if cfg.monitor.knn_every else None
         self.clock = Clock()
@@ -133,11 +139,13 @@ class Trainer:
         }
         numbers |= self._utilisation(interval.images_per_second)
         self.report.record(step, numbers)
-        if not math.isfinite(numbers["loss/total"]):
-            raise FloatingPointError(
-                f"the loss of step {step} is {numbers['loss/total']}: nothing was saved after it; lower optim.lr, or "
-                f"start again with the same command from {self.checkpointer.latest() or 'the beginning'}"
-            )
+        # Gradients too: the loss is that of the weights before the update, a checkpoint holds those after it.
+        for name, value in numbers.items():
+            if name.startswith(("loss/total", "grad_norm/")) and not math.isfinite(value):
+                raise FloatingPointError(
+                    f"{name} of step {step} is {value}: nothing was saved since; lower optim.lr, or start again with "
+                    f"the same command from {self.checkpointer.latest() or 'the beginning'}"
+                )
 
     def save(self, step: int) -> None:
         """The resumable checkpoint, and the teacher in one file."""
@@ -148,7 +156,7 @@ class Trainer:
         """The teacher's backbone as a plain module on every rank, whatever it is sharded over."""
         state = get_model_state_dict(self.objective.teacher["backbone"], options=StateDictOptions(full_state_dict=True))
         with torch.device("meta"):
-            backbone = build_vit(self.cfg.model, attention=self.cfg.efficiency.attention, drop_path=False)
+            backbone = build_vit(self.cfg.model, drop_path=False)  # in fp32, which not every backend takes
         backbone.load_state_dict(state, assign=True)
         return backbone.requires_grad_(False).eval().to(self.ranks.device)
 
@@ -162,16 +170,25 @@ class Trainer:
         self.ranks.barrier()
         return weights
 
-    def _resume(self) -> int:
-        checkpoint = self.checkpointer.latest()
-        if checkpoint is None:
-            return 0
+    def _agree_on_sources(self) -> None:
+        """Ranks that see different files would train on different images, or wait for each other for ever."""
+        seen = self.ranks.broadcast_object(self.sources.num_samples)
+        if seen != self.sources.num_samples:
+            raise ValueError(
+                f"data.sources: rank {self.ranks.rank} finds {self.sources.num_samples} images, the first rank {seen}; "
+                "mount the same files on every node"
+            )
+
+    def _resume(self, checkpoint: Path) -> int:
         step = self.checkpointer.load(checkpoint, self.objective, self.optimizer)
         if step > self.schedules.total_steps:
             raise ValueError(
                 f"{checkpoint} has done {step} steps, more than the {self.schedules.total_steps} asked for"
             )
-        logger.info(f"going on from {checkpoint}")
+        if self.ranks.is_main:
+            logger.info(f"going on from {checkpoint}")
+            for change in changes(self.run_dir / "config.yaml", self.cfg):
+                logger.warning(f"careful: {change}")
         return step
 
     def _open_loader(self) -> BatchLoader:
@@ -271,11 +288,12 @@ def train_step(
     return metrics, observation
 
 
-def build_objective(cfg: RunConfig, ranks: Ranks) -> SelfDistillation:
+def build_objective(cfg: RunConfig, ranks: Ranks, from_weights: bool = True) -> SelfDistillation:
     """Student, teacher and heads, initialised, then spread over the ranks.
 
     Every rank fills the same weights from the seed, so the result does not depend on how many there are. Memory is
     filled with NaN first: a parameter that nothing initialises makes the first loss NaN instead of a silent zero.
+    from_weights: start from `model.init_from`, if given; not needed where a checkpoint will overwrite everything.
     """
     with torch.device("meta"):
         objective = SelfDistillation(cfg.objective, cfg.model, ranks, attention=cfg.efficiency.attention)
@@ -286,7 +304,7 @@ def build_objective(cfg: RunConfig, ranks: Ranks) -> SelfDistillation:
                 tensor.fill_(math.nan)
     torch.manual_seed(cfg.seed)
     objective.init_weights()
-    if cfg.model.init_from:
+    if cfg.model.init_from and from_weights:
         report = initialise(objective.student["backbone"], cfg.model.init_from)  # type: ignore[arg-type]
         objective.teacher["backbone"].load_state_dict(objective.student["backbone"].state_dict())
         if ranks.is_main:
