@@ -22,6 +22,7 @@ from dinoreg.config import load
 from dinoreg.objectives.self_distillation import SelfDistillation
 from dinoreg.parallel.mesh import Ranks
 from dinoreg.train.knn import KnnMonitor
+from dinoreg.train.pictures import look
 from dinoreg.train.recipe import RunConfig
 from dinoreg.train.trainer import train
 
@@ -260,6 +261,13 @@ def test_going_on_with_other_options_is_said(images: Path, tmp_path: Path) -> No
     log = (tmp_path / "run" / "logs" / "rank0.log").read_text()
     assert "careful: goes on with optim.lr=0.002, until now it was 0.001" in log
     assert "goes on with train.steps=4, until now it was 2" in log
+
+
+def test_a_grey_model_is_looked_at_with_its_own_normalisation(images: Path, tmp_path: Path) -> None:
+    grey = ["model.in_channels=1", "photometric.mean=[0.4]", "photometric.std=[0.3]", "train.steps=1"]
+    weights = train(load(RunConfig, TINY, [f"data.sources={images}", f"run_dir={tmp_path / 'run'}", *grey]))
+    assert dinoreg.load_backbone(weights).normalisation == ([0.4], [0.3])
+    assert look(weights, [images / "00.jpg"], tmp_path / "look.png").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(images: Path, tmp_path: Path) -> None:

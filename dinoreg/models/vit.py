@@ -131,6 +131,9 @@ class VisionTransformer(nn.Module):
     packed sequence, in which each image only sees itself. Construct through `build_vit`.
     """
 
+    # Mean and std a channel that images of [0, 1] were normalised with, where the file it was loaded from says so.
+    normalisation: tuple[list[float], list[float]] | None = None
+
     def __init__(self, cfg: ModelConfig, *, attention: str = "auto", drop_path: bool = True) -> None:
         super().__init__()
         dim, depth, heads, _ = cfg.size

@@ -22,6 +22,7 @@ from dinoreg.models.formats import Weights, WeightsError, convert, depth_of, inf
 from dinoreg.models.vit import ModelConfig, VisionTransformer, build_vit
 
 METADATA_KEY = "dinoreg.model"
+NORMALISATION_KEY = "dinoreg.normalisation"  # [mean, std] of the training images
 
 
 def save_backbone(
@@ -60,6 +61,7 @@ def load_backbone(
         state = {"mask_token": torch.zeros(1, config.size.embed_dim), **weights.state}
         _demand_same_keys(model, state)
         model.load_state_dict({k: t.float() for k, t in state.items()}, assign=True)
+        model.normalisation = weights.normalisation
     return model.to(device).eval()
 
 
@@ -131,7 +133,7 @@ def read_weights(path_or_name: str | Path) -> Weights:
             raise WeightsError("no such file or folder (models on the Hugging Face hub are written hf:ORG/NAME)")
         checkpoint, metadata = _read_file(path)
         if METADATA_KEY in metadata:
-            return _own_weights(checkpoint, metadata[METADATA_KEY])
+            return _own_weights(checkpoint, metadata)
         return convert(checkpoint)
 
 
@@ -145,14 +147,21 @@ def _naming(path: str | Path) -> Iterator[None]:
         raise WeightsError(str(error) if named else f"{path}: {error}") from error.__cause__
 
 
-def _own_weights(state: dict[str, Tensor], text: str) -> Weights:
+def _own_weights(state: dict[str, Tensor], metadata: Mapping[str, str]) -> Weights:
     try:
-        config = ModelConfig(**json.loads(text))
+        config = ModelConfig(**json.loads(metadata[METADATA_KEY]))
     except TypeError as error:
         raise WeightsError(f"written by another version of dinoreg ({error})") from None
+    normalisation = json.loads(metadata.get(NORMALISATION_KEY, "null"))
     return Weights(
-        state, "dinoreg", config.pos_antialias, config.pos_offset, heads=config.size.num_heads, config=config
-    )  # fmt: skip
+        state,
+        "dinoreg",
+        config.pos_antialias,
+        config.pos_offset,
+        heads=config.size.num_heads,
+        config=config,
+        normalisation=tuple(normalisation) if normalisation else None,
+    )
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:

@@ -9,6 +9,7 @@ name is whole.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from dataclasses import dataclass
@@ -27,8 +28,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from dinoreg.config import ConfigError
+from dinoreg.data.photometric import PhotometricConfig
 from dinoreg.models.vit import ModelConfig
-from dinoreg.models.weights import save_backbone
+from dinoreg.models.weights import NORMALISATION_KEY, save_backbone
 from dinoreg.parallel.mesh import Ranks
 from dinoreg.train.optimizer import Optimizer
 
@@ -78,14 +80,16 @@ class Checkpointer:
         self.ranks.barrier()
         return final
 
-    def save_teacher(self, step: int, backbone: nn.Module, config: ModelConfig) -> Path:
+    def save_teacher(self, step: int, backbone: nn.Module, config: ModelConfig, images: PhotometricConfig) -> Path:
         """Write the teacher's backbone to one file, whatever it is sharded over."""
         path = self.teachers / f"step_{step:08d}.safetensors"
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state: dict[str, Any] = get_model_state_dict(backbone, options=options)
         if self.ranks.is_main:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_backbone(path, state, config, extra={"step": str(step)})
+            save_backbone(
+                path, state, config, extra={"step": str(step), NORMALISATION_KEY: json.dumps([images.mean, images.std])}
+            )
         self.ranks.barrier()
         return path
 

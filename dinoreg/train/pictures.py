@@ -46,12 +46,12 @@ def look(
     Args:
         model: a backbone, or what `load_backbone` takes.
         photos: paths, Pillow images or uint8 tensors (C, H, W). Their aspect is kept.
-        photometric: holds the mean and std that the backbone was trained with (default ImageNet's).
+        photometric: holds the mean and std that the backbone was trained with (default: as the weights say, or ImageNet's).
         size: pixels of the short side; by default the training size, and at least FINEST_GRID patches.
     """
     if not isinstance(model, VisionTransformer):
         model = load_backbone(model)
-    normalise = photometric or PhotometricConfig()
+    normalise = photometric or _normalisation_of(model)
     side = size or max(model.grid[0], FINEST_GRID) * model.patch_size
     rows = [_Row(model, _prepare(photo, model, side), _name(photo), normalise) for photo in photos]
     figure, grid = _figure(rows, columns=2 + model.num_registers + 2)
@@ -155,6 +155,15 @@ def _prepare(photo: Photo, model: VisionTransformer, side: int) -> Tensor:
     scale = side / min(height, width)
     target = [max(1, round(length * scale / model.patch_size)) * model.patch_size for length in (height, width)]
     return F.interpolate(pixels[None], size=target, mode="bicubic", antialias=True)[0]
+
+
+def _normalisation_of(model: VisionTransformer) -> PhotometricConfig:
+    """What the backbone's file says, or else ImageNet's."""
+    if model.normalisation is not None:
+        return PhotometricConfig(mean=model.normalisation[0], std=model.normalisation[1])
+    if model.in_channels != 3:
+        raise ValueError(f"the weights do not say how their images of {model.in_channels} channels were normalised")
+    return PhotometricConfig()
 
 
 def _name(photo: Photo) -> str:

@@ -150,7 +150,7 @@ class Trainer:
     def save(self, step: int) -> None:
         """The resumable checkpoint, and the teacher in one file."""
         self.checkpointer.save(step, self.objective, self.optimizer)
-        self.checkpointer.save_teacher(step, self.objective.teacher["backbone"], self.cfg.model)
+        self.checkpointer.save_teacher(step, self.objective.teacher["backbone"], self.cfg.model, self.cfg.photometric)
 
     def teacher(self) -> VisionTransformer:
         """The teacher's backbone as a plain module on every rank, whatever it is sharded over."""
