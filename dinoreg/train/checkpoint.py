@@ -87,9 +87,8 @@ class Checkpointer:
         state: dict[str, Any] = get_model_state_dict(backbone, options=options)
         if self.ranks.is_main:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_backbone(
-                path, state, config, extra={"step": str(step), NORMALISATION_KEY: json.dumps([images.mean, images.std])}
-            )
+            extra = {"step": str(step), NORMALISATION_KEY: json.dumps([images.mean, images.std])}
+            save_backbone(path, state, config, extra)
         self.ranks.barrier()
         return path
 

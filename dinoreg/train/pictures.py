@@ -46,7 +46,7 @@ def look(
     Args:
         model: a backbone, or what `load_backbone` takes.
         photos: paths, Pillow images or uint8 tensors (C, H, W). Their aspect is kept.
-        photometric: holds the mean and std that the backbone was trained with (default: as the weights say, or ImageNet's).
+        photometric: holds the mean and std to normalise with (default: as the weights say, or ImageNet's).
         size: pixels of the short side; by default the training size, and at least FINEST_GRID patches.
     """
     if not isinstance(model, VisionTransformer):
