@@ -336,6 +336,21 @@ def test_streams_that_give_nothing_end_the_run() -> None:
             stream.next()
 
 
+def test_streams_smaller_than_the_buffer_are_read_once_a_pass(tmp_path) -> None:
+    write_shards(tmp_path, [12])
+    stream = Stream([f"pipe:echo >> {tmp_path}/reads; cat {tmp_path}/s-000.tar"], 1000, key=0, consumer=0, consumers=1)
+    passes = [[int(stream.next().read()) for _ in range(12)] for _ in range(2)]
+    assert [sorted(each) for each in passes] == [list(range(12))] * 2 and passes[0] != passes[1]
+    assert (tmp_path / "reads").read_text().count("\n") == 2
+
+
+def test_more_readers_than_streamed_images(tmp_path) -> None:
+    write_shards(tmp_path, [3])
+    stream = Stream([f"pipe:cat {tmp_path}/s-000.tar"], 1000, key=0, consumer=0, consumers=4)
+    with pytest.raises(DataError, match="3 streamed images are too few for 4 readers"):
+        stream.next()
+
+
 def test_weighted_streams_and_files(tmp_path) -> None:
     write_shards(tmp_path, [40])
     write_tar(tmp_path / "local.tar", {f"{n}.png": b"%d" % n for n in range(1000, 1010)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -68,36 +69,39 @@ class Stream:
 
     def _shuffled(self) -> Iterator[StreamedEntry]:
         rng = generator(make_key(self.key, self.consumer), Purpose.STREAM, 0)
-        held: list[StreamedEntry] = []
-        for entry in self._passes():
-            if isinstance(entry.data, BadImage):
-                yield entry
-            elif len(held) < self.buffer:
-                held.append(entry)
-            else:
-                place = int(rng.integers(len(held)))
-                yield held[place]
-                held[place] = entry
-
-    def _passes(self) -> Iterator[StreamedEntry]:
-        """Pass after pass; a pass that gives nothing at all ends the run, for so would the next."""
-        epoch = 0
-        while True:
-            order = generator(self.key, Purpose.STREAM, epoch + 1).permutation(len(self.urls))
-            by_shard = len(self.urls) >= self.consumers
-            mine = order[self.consumer :: self.consumers] if by_shard else order
-            found, failure = 0, ""
-            for entry in self._read_shards([self.urls[i] for i in mine]):
+        for epoch in itertools.count():
+            held: list[StreamedEntry] = []
+            for entry in self._one_pass(epoch):
                 if isinstance(entry.data, BadImage):
-                    failure = str(entry.data)
+                    yield entry
+                elif len(held) < self.buffer:
+                    held.append(entry)
                 else:
-                    found += 1
-                    if not by_shard and found % self.consumers != self.consumer:
-                        continue
+                    place = int(rng.integers(len(held)))
+                    yield held[place]
+                    held[place] = entry
+            # Emptied before the next pass, or shards smaller than the buffer would be fetched again to fill it.
+            yield from (held[place] for place in rng.permutation(len(held)))
+
+    def _one_pass(self, epoch: int) -> Iterator[StreamedEntry]:
+        """This consumer's samples of a pass. One that gives nothing ends the run, for so would the next."""
+        order = generator(self.key, Purpose.STREAM, epoch + 1).permutation(len(self.urls))
+        by_shard = len(self.urls) >= self.consumers
+        mine = order[self.consumer :: self.consumers] if by_shard else order
+        found, given, failure = 0, 0, ""
+        for entry in self._read_shards([self.urls[i] for i in mine]):
+            if isinstance(entry.data, BadImage):
+                failure = str(entry.data)
                 yield entry
-            if not found:
-                raise DataError(f"no image in any of {len(mine)} streamed shards, as {self.urls[mine[0]]}. {failure}")
-            epoch += 1
+                continue
+            found += 1
+            if by_shard or found % self.consumers == self.consumer:
+                given += 1
+                yield entry
+        if not found:
+            raise DataError(f"no image in any of {len(mine)} streamed shards, as {self.urls[mine[0]]}. {failure}")
+        if not given:
+            raise DataError(f"{found} streamed images are too few for {self.consumers} readers: lower data.workers")
 
     def _read_shards(self, urls: list[str]) -> Iterator[StreamedEntry]:
         from webdataset import tariterators  # only where something is streamed: it brings its own start-up time
