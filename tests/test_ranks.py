@@ -12,6 +12,7 @@ from slurm_lab import SlurmLab, missing
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROGRAM = """
+import os
 import torch
 from dinoreg.parallel.mesh import setup_ranks
 ranks = setup_ranks()
@@ -20,8 +21,9 @@ top = ranks.max_(torch.tensor([float(ranks.rank)]))
 x = torch.full((2, 1), float(ranks.rank), requires_grad=True)
 (ranks.gather(x) * torch.arange(2.0 * ranks.world)[:, None]).sum().backward()
 word = ranks.broadcast_object(f"from {ranks.rank}")
-print(f"RANK {ranks.rank}/{ranks.world} local {ranks.local_rank}/{ranks.local_world}:", total.item(), top.item(),
-      x.grad.flatten().tolist(), word, flush=True)
+line = f"RANK {ranks.rank}/{ranks.world} local {ranks.local_rank}/{ranks.local_world}: "
+line += f"{total.item()} {top.item()} {x.grad.flatten().tolist()} {word}\\n"
+os.write(1, line.encode())  # at once: two processes share this pipe
 ranks.close()
 """
 # The gathered gradient sums over ranks: each of the two ranks contributes the weights 0, 1, 2, 3.
