@@ -164,7 +164,7 @@ def test_the_same_under_srun(images: Path, baseline: tuple[Path, dict[str, torch
 def test_a_run_goes_on_from_its_last_checkpoint(
     images: Path, baseline: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
-    """Killed after step 2, and started again with the same command on two processes instead of one."""
+    """With what a run that died after step 2 leaves behind, on two processes instead of one."""
     run_dir = tmp_path / "run"
     shutil.copytree(baseline[0], run_dir)
     shutil.rmtree(run_dir / "checkpoints" / "step_00000004")
