@@ -316,4 +316,4 @@ def test_a_backbone_without_gradient_is_named() -> None:
 def test_the_run_without_a_fault_is_left_in_peace() -> None:
     run = Run()
     assert run.go() == []
-    assert run.history[-1]["loss/dino_global"] < 0.98 * math.log(PROTOTYPES)  # it did learn
+    assert run.history[-1]["loss/dino_global"] < 0.99 * math.log(PROTOTYPES)  # it did learn

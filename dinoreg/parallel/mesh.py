@@ -26,6 +26,8 @@ class Ranks:
     local_rank: int
     local_world: int
     device: torch.device
+    control: dist.ProcessGroup | None = None  # gloo, for what hosts agree on while devices compute; None: the default
+    store: dist.Store | None = None  # where the processes of this launch found each other; None without peers
 
     @staticmethod
     def alone(device: str | torch.device = "cpu") -> Ranks:
@@ -59,6 +61,22 @@ class Ranks:
         box: list[Any] = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
+
+    def agree(self, wish: int) -> int:
+        """The largest of the numbers that the ranks bring, on the host: no device is waited for."""
+        if self.world == 1:
+            return wish
+        box = torch.tensor(wish)
+        dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.control)
+        return int(box)
+
+    def gather_objects(self, value: T) -> list[T]:
+        """The picklable values of all ranks in their order, everywhere; on the host, as `agree`."""
+        if self.world == 1:
+            return [value]
+        box: list[Any] = [None] * self.world
+        dist.all_gather_object(box, value, group=self.control)
+        return box
 
     def barrier(self) -> None:
         if self.world > 1:
@@ -96,14 +114,15 @@ def setup_ranks(timeout_minutes: float = 30) -> Ranks:
     device = _device(local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        store = dist.HashStore() if world == 1 else None
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world, timeout=timedelta(minutes=timeout_minutes),
-            device_id=device if device.type == "cuda" else None,
-        )  # fmt: skip
-    return Ranks(rank, world, local_rank, local_world, device)
+    timeout = timedelta(minutes=timeout_minutes)
+    store: dist.Store = dist.HashStore() if world == 1 else next(dist.rendezvous("env://", rank, world))[0]
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, store=dist.PrefixStore("ranks", store), rank=rank, world_size=world, timeout=timeout,
+        device_id=device if device.type == "cuda" else None,
+    )  # fmt: skip
+    control = dist.new_group(backend="gloo", timeout=timeout) if world > 1 else None
+    return Ranks(rank, world, local_rank, local_world, device, control, store if world > 1 else None)
 
 
 def _device(local_rank: int) -> torch.device:
