@@ -31,6 +31,7 @@ from dinoreg.data.masks import MaskConfig, draw_masks
 from dinoreg.data.photometric import draw
 from dinoreg.parallel.mesh import Ranks, setup_ranks
 from dinoreg.train.flops import peak_flops, step_flops
+from dinoreg.train.guard import Guard
 from dinoreg.train.optimizer import Optimizer
 from dinoreg.train.recipe import RunConfig, check_world
 from dinoreg.train.schedules import Schedules
@@ -47,6 +48,7 @@ class Bench:
         check_world(cfg, ranks.world)
         self.cfg, self.ranks = cfg, ranks
         self.objective = build_objective(cfg, ranks)
+        self.guard = Guard(ranks)
         self.optimizer = Optimizer(self.objective.student, cfg.optim)
         self.values = Schedules(cfg, num_samples=1_000_000).at(1000)
         self.batches = cycle([synthetic_batch(cfg, ranks, number) for number in range(3)])
@@ -54,7 +56,9 @@ class Bench:
 
     def step(self) -> None:
         self.steps += 1
-        train_step(self.objective, self.optimizer, next(self.batches), self.values, self.cfg, row_seed=self.steps)
+        train_step(
+            self.objective, self.optimizer, self.guard, next(self.batches), self.values, self.cfg, row_seed=self.steps
+        )
 
     def wait(self) -> None:
         if self.ranks.device.type == "cuda":

@@ -9,8 +9,10 @@ from torch.distributed.tensor import DTensor
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, source: nn.Module, momentum: float) -> None:
+def update_average(average: nn.Module, source: nn.Module, momentum: float, skip: Tensor | None = None) -> None:
     """average = momentum * average + (1 - momentum) * source, for all parameters; no data moves between ranks.
+
+    skip: a device scalar; where it is 1 nothing changes, and nobody had to wait for it.
 
     Raises RuntimeError when the two are not wrapped alike, so that a rank would pair different shards.
     """
@@ -18,7 +20,10 @@ def update_average(average: nn.Module, source: nn.Module, momentum: float) -> No
     mine, theirs = _local_parameters(average), _local_parameters(source)
     if [p.shape for p in mine] != [p.shape for p in theirs]:
         raise RuntimeError("teacher and student are sharded differently: wrap both in the same way")
-    torch._foreach_lerp_(mine, theirs, 1 - momentum)
+    if skip is None:
+        torch._foreach_lerp_(mine, theirs, 1 - momentum)
+    else:
+        torch._foreach_lerp_(mine, theirs, [(1 - momentum) * (1 - skip)] * len(mine))
 
 
 def release(network: nn.Module) -> None:

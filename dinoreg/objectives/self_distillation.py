@@ -125,9 +125,11 @@ class SelfDistillation(nn.Module):
         self.teacher.load_state_dict(self.student.state_dict())
         self.targets.init_weights()
 
-    def update_teacher(self, momentum: float) -> None:
-        """One step of the moving average."""
-        update_average(self.teacher, self.student, momentum)
+    def update_teacher(self, momentum: float, skip: Tensor | None = None) -> None:
+        """One step of the moving average; where the device scalar `skip` is 1, none, and centers go back too."""
+        update_average(self.teacher, self.student, momentum, skip)
+        if skip is not None:
+            self.targets.take_back(skip)
 
     def forward_backward(
         self, parts: Sequence[Crops], *, teacher_temperature: float, seed: int, observe: bool = False

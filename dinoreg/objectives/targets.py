@@ -37,6 +37,7 @@ class Targets(nn.Module):
     def __init__(self, cfg: TargetConfig, prototypes: Mapping[str, int], ranks: Ranks) -> None:
         super().__init__()
         self.cfg, self.ranks, self.prototypes = cfg, ranks, dict(prototypes)
+        self._before: dict[str, Tensor] = {}  # centers as they were before the step
         if cfg.centering == "centering":
             for term, count in prototypes.items():
                 self.register_buffer(f"{term}_center", torch.empty(count))
@@ -50,10 +51,18 @@ class Targets(nn.Module):
         offsets = {term: self._offset(term, tiles[term], temperature) for term in tiles}
         return BalancedTargets(tiles, offsets, temperature)
 
+    @torch.no_grad()
+    def take_back(self, skip: Tensor) -> None:
+        """Centers as they were before the last call, where the device scalar `skip` is 1."""
+        for name, before in self._before.items():
+            center = self.get_buffer(name)
+            center.copy_(torch.where(skip > 0, before, center))
+
     def _offset(self, term: str, tiles: Sequence[Tile], temperature: float) -> Tensor:
         if self.cfg.centering == "sinkhorn":
             return sinkhorn_offset(tiles, temperature, self.cfg.sinkhorn_iterations, self.ranks)
         center = self.get_buffer(f"{term}_center")
+        self._before[f"{term}_center"] = center.clone()
         offset = centering_offset(center, temperature)
         update_center_(center, tiles, self.cfg.center_momentum, self.ranks)
         return offset

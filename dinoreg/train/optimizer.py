@@ -104,19 +104,20 @@ class Optimizer:
             group["lr"] = (values.last_layer_lr if rule.last_layer else values.lr) * rule.lr
             group["weight_decay"] = values.weight_decay if rule.decay else 0.0
 
-    def step(self) -> dict[str, Tensor]:
-        """Clip, update, and forget the gradients.
-
-        Returns:
-            `grad_norm/<module>` before clipping, device scalars.
-        """
-        norms = self._clip()
+    def step(self, skip: Tensor | None = None) -> None:
+        """Update, and forget the gradients. skip: a device scalar; where it is 1, weights and moments stay."""
+        # The fused kernels read it on the device, as they do for torch's GradScaler: nobody waits.
+        self.adamw.found_inf = skip  # type: ignore[attr-defined]
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
-        return norms
 
     @torch.no_grad()
-    def _clip(self) -> dict[str, Tensor]:
+    def clip(self) -> dict[str, Tensor]:
+        """Scale gradients down where they are long.
+
+        Returns:
+            `grad_norm/<module>` before clipping, device scalars, the same on all ranks.
+        """
         gradients = {
             name: [p.grad for p in module.parameters() if p.grad is not None] for name, module in self.student.items()
         }

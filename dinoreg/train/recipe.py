@@ -18,6 +18,7 @@ from dinoreg.train.checkpoint import CheckpointConfig
 from dinoreg.train.monitors import MonitorConfig
 from dinoreg.train.optimizer import OptimConfig
 from dinoreg.train.schedules import Schedules, parse_duration
+from dinoreg.train.stopping import parse_time
 from dinoreg.train.tracking import TrackingConfig
 
 
@@ -32,6 +33,8 @@ class LoopConfig:
     images: float | None = None
     precision: Literal["bf16", "fp32"] = "bf16"
     log_every: int = 10  # steps; the device is only waited for at these
+    time_limit: str | None = None  # such as 3h50m: then the run saves and stops, to be started again
+    max_skipped: int = 10  # steps in a row without a finite loss or gradient, after which the run gives up
 
     def check(self) -> None:
         given = [key for key in ("steps", "epochs", "images") if getattr(self, key) is not None]
@@ -39,7 +42,7 @@ class LoopConfig:
             raise ConfigError("give the length of the run: steps, epochs or images", key="steps")
         if len(given) > 1:
             raise ConfigError(f"give one of {' and '.join(given)}, and set the other to null", key=given[0])
-        for key in ("batch_size", "accumulate", "log_every"):
+        for key in ("batch_size", "accumulate", "log_every", "max_skipped"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"must be at least 1, not {getattr(self, key)}", key=key)
         if getattr(self, given[0]) <= 0:
@@ -48,6 +51,11 @@ class LoopConfig:
             raise ConfigError(
                 f"{self.accumulate} parts do not divide train.batch_size {self.batch_size}", key="accumulate"
             )
+        if self.time_limit is not None:
+            try:
+                parse_time(self.time_limit)
+            except ConfigError as error:
+                raise ConfigError(error.message, key="time_limit") from None
 
 
 @dataclass
@@ -75,6 +83,19 @@ class RunConfig:
         _check_images(self)
         _check_objective(self)
         _check_lengths(self)
+
+
+# What a run may be continued with in another way, because no image and no weight depends on it (beyond rounding).
+FREE = (
+    *("run_dir", "efficiency.", "checkpoint.", "monitor.", "tracking.", "watch."),
+    *("train.accumulate", "train.log_every", "train.time_limit", "train.max_skipped", "train.go_on_from"),
+    *("data.workers", "data.prefetch", "data.timeout", "data.max_bad_share", "data.stream_buffer", "data.sources"),
+)
+
+
+def is_free(key: str) -> bool:
+    """Whether an option may change when a run goes on. Of data.sources the images are compared instead of the paths."""
+    return key.startswith(FREE)
 
 
 def check_world(config: RunConfig, world: int) -> None:

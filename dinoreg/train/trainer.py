@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
-import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +28,12 @@ from dinoreg.train import pictures
 from dinoreg.train.checkpoint import Checkpointer
 from dinoreg.train.clock import Clock
 from dinoreg.train.flops import peak_flops, step_flops
+from dinoreg.train.guard import Guard
 from dinoreg.train.knn import KnnMonitor
 from dinoreg.train.monitors import measure, weight_distance
 from dinoreg.train.optimizer import Optimizer
 from dinoreg.train.plan import warnings_of
+from dinoreg.train.process import logging_to, unhurried_garbage_collection
 from dinoreg.train.recipe import RunConfig, check_world
 from dinoreg.train.report import Report, changes
 from dinoreg.train.schedules import Schedules, StepValues
@@ -54,7 +51,7 @@ def train(cfg: RunConfig) -> Path:
     """
     ranks = setup_ranks()
     try:
-        with _logging_to(Path(cfg.run_dir) / "logs", ranks), warnings.catch_warnings():
+        with logging_to(Path(cfg.run_dir) / "logs", ranks), warnings.catch_warnings():
             # Features are views of one packed tensor; what FSDP warns of is work on them in place, and there is none.
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
             try:
@@ -79,6 +76,7 @@ class Trainer:
         checkpoint = self.checkpointer.latest()
         self.objective = build_objective(cfg, ranks, from_weights=checkpoint is None)
         self.optimizer = Optimizer(self.objective.student, cfg.optim)
+        self.guard = Guard(ranks)
         self.start = self._resume(checkpoint) if checkpoint else 0
         self.loader = self._open_loader()
         self.knn = KnnMonitor(cfg.monitor, cfg.model, cfg.photometric, ranks) if cfg.monitor.knn_every else None
@@ -95,7 +93,7 @@ class Trainer:
         """Train to the end. Steps are counted when they are done: step 1 is the first."""
         last = self.schedules.total_steps
         batches = iter(prefetch_to_device(self.loader, self.ranks.device))
-        with self.report, _unhurried_garbage_collection() as collect_garbage:
+        with self.report, unhurried_garbage_collection() as collect_garbage:
             if self.start == 0:
                 self._look_in(0)
             for step in range(self.start + 1, last + 1):
@@ -106,7 +104,7 @@ class Trainer:
                 for sample in batch.bad:
                     logger.debug(f"skipped a sample: {sample}")
                 metrics, observation = train_step(
-                    self.objective, self.optimizer, batch, values, self.cfg, self._row_seed(step), observe
+                    self.objective, self.optimizer, self.guard, batch, values, self.cfg, self._row_seed(step), observe
                 )
                 self.clock.count(self.cfg.train.batch_size)
                 saving = step % self.cfg.checkpoint.every == 0 or step == last
@@ -262,13 +260,14 @@ class Trainer:
 def train_step(
     objective: SelfDistillation,
     optimizer: Optimizer,
+    guard: Guard,
     batch: Batch,
     values: StepValues,
     cfg: RunConfig,
     row_seed: int,
     observe: bool = False,
 ) -> tuple[dict[str, Tensor], Observation | None]:
-    """One update of student and teacher on this rank's share of a step, already on the device.
+    """One update of student and teacher on this rank's share of a step, already on the device; none if `guard` objects.
 
     Nothing here waits for the device. The regions are named for the profiler, see benchmarks/step.py.
 
@@ -282,9 +281,11 @@ def train_step(
         parts, teacher_temperature=values.teacher_temperature, seed=row_seed, observe=observe
     )
     with record_function("optimizer"):
-        metrics |= optimizer.step()
+        metrics |= optimizer.clip()
+        skip = guard(metrics)
+        optimizer.step(skip)
     with record_function("ema"):
-        objective.update_teacher(values.teacher_momentum)
+        objective.update_teacher(values.teacher_momentum, skip)
     return metrics, observation
 
 
@@ -318,44 +319,3 @@ def _check_filled(module: nn.Module) -> None:
     for name, tensor in module.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise RuntimeError(f"{name} was not initialised; its module's init_weights() has to fill it")
-
-
-@contextmanager
-def _unhurried_garbage_collection() -> Iterator[Callable[[], int]]:
-    """Collect at logging steps only: a collection in mid-step stalls one rank, and with it all others."""
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        yield gc.collect
-    finally:
-        gc.enable()
-        gc.unfreeze()
-
-
-class _Terminal(logging.StreamHandler[TextIO]):
-    """Looks up sys.stderr for each line: while the progress bar is shown, it has put its own there."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.setStream(sys.stderr)
-        super().emit(record)
-
-
-@contextmanager
-def _logging_to(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """Everything to logs/rank<r>.log; what a person should read to the terminal of the main process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = logging.FileHandler(folder / f"rank{ranks.rank}.log")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    terminal = _Terminal()
-    terminal.setLevel(logging.INFO if ranks.is_main else logging.ERROR)
-    handlers: list[logging.Handler] = [file, terminal]
-    for handler in handlers:
-        logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG)
-    try:
-        yield
-    finally:
-        for handler in handlers:
-            logger.removeHandler(handler)
-            handler.close()
