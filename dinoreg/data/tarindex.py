@@ -15,6 +15,10 @@ from dinoreg.data.images import EXTENSIONS
 
 BLOCK = 512
 INDEX_VERSION = 1
+MAX_DEPTH = 8  # of tars inside tars
+MAX_RECORDS = 2**20  # bytes of a long name or of pax records; a damaged header may ask for any number
+LARGEST_OCTAL = 8**11  # sizes from here on do not fit a header
+MEND = "write it anew (dinoreg data prepare), copy it again, or remove it"
 SCAN_THREADS = 16  # headers are waited for, not computed, on the file systems where this takes long
 
 
@@ -32,7 +36,8 @@ def scan(path: Path) -> TarIndex:
     A key is a member's path up to the first dot of its last part (webdataset's convention). Where images share a key
     with a plainly named one (`a.jpg`, `a.seg.png`, `a.png`) only the first plain one counts; without one (photos named
     `trip.1.jpg`, `trip.2.jpg`) each counts. Tars inside the tar are entered, as ImageNet's archive of archives needs.
-    Raises ValueError when the file is not a complete, uncompressed tar.
+    Raises ValueError, in one line that names the place, when the file is not a complete, uncompressed tar, when
+    members have absolute paths or such with `..`, and when headers are absurd.
     """
     places: list[tuple[int, int, int]] = []
     names: list[str] = []
@@ -69,46 +74,51 @@ def _walk(path: Path) -> Iterator[tuple[str, int, int]]:
     """(name, offset, size) of each regular member."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        yield from _walk_range(descriptor, path, 0, os.fstat(descriptor).st_size, "")
+        size = os.fstat(descriptor).st_size
+        if size == 0:
+            raise ValueError(f"{path} is empty: {MEND}")
+        yield from _walk_range(descriptor, path, 0, size, "", 1)
     finally:
         os.close(descriptor)
 
 
-def _walk_range(descriptor: int, path: Path, position: int, end: int, folder: str) -> Iterator[tuple[str, int, int]]:
+def _walk_range(
+    descriptor: int, path: Path, position: int, end: int, folder: str, depth: int
+) -> Iterator[tuple[str, int, int]]:
+    if depth > MAX_DEPTH:
+        raise ValueError(f"{path} holds tars inside tars, more than {MAX_DEPTH} deep, at byte {position}")
     overrides: dict[str, str] = {}
-    while position + BLOCK <= end:
-        header = os.pread(descriptor, BLOCK, position)
-        if header.count(0) == BLOCK:  # the end mark
+    while position < end:
+        header = os.pread(descriptor, min(BLOCK, end - position), position)
+        if header.count(0) == len(header):  # the end mark
             return
+        if len(header) < BLOCK:
+            raise ValueError(f"{path} is cut off at byte {position + len(header)}, inside a header: {MEND}")
         kind, name, size = _parse_header(header, path, position)
-        size = int(overrides.get("size", size))
-        body = position + BLOCK
-        position = body + -(-size // BLOCK) * BLOCK
+        full, body = folder + _check_name(overrides.get("path", name), path), position + BLOCK
+        size = _whole_size(size, overrides, path, position)
         if body + size > end:
-            raise ValueError(f"{path} is cut off: a member at byte {body} should have {size} bytes")
-        if kind == b"L":
-            overrides["path"] = os.pread(descriptor, size, body).rstrip(b"\0").decode("utf-8", "surrogateescape")
-        elif kind == b"x":
-            overrides.update(_parse_pax(os.pread(descriptor, size, body)))
-        elif kind in (b"0", b"\0", b"7"):
-            full = folder + overrides.get("path", name)
+            raise ValueError(f"{path} is cut off: a member at byte {body} should have {size} bytes: {MEND}")
+        position = body + -(-size // BLOCK) * BLOCK
+        if kind in (b"L", b"x"):
+            overrides |= _read_overrides(descriptor, path, kind, body, size)
+            continue
+        if kind not in (b"g", b"K"):
+            overrides = {}
+        if kind in (b"0", b"\0", b"7"):
             if full.endswith(".tar"):
-                yield from _walk_range(descriptor, path, body, body + size, full.removesuffix(".tar") + "/")
+                yield from _walk_range(descriptor, path, body, body + size, full.removesuffix(".tar") + "/", depth + 1)
             else:
                 yield full, body, size
-            overrides = {}
-        elif kind not in b"gK":
-            overrides = {}
 
 
 def _parse_header(header: bytes, path: Path, position: int) -> tuple[bytes, str, int]:
     """(type, name, size) of a POSIX or GNU header (POSIX.1-2001, pax, "ustar Interchange Format")."""
     try:
-        stored = int(header[148:156].strip(b"\0 ") or b"0", 8)
-        if stored != sum(header) - sum(header[148:156]) + 8 * ord(" "):
+        if _octal(header[148:156]) != sum(header) - sum(header[148:156]) + 8 * ord(" "):
             raise ValueError("its checksum is wrong")
         field = header[124:136]
-        size = int.from_bytes(field[1:], "big") if field[0] & 0x80 else int(field.strip(b"\0 ") or b"0", 8)
+        size = int.from_bytes(field[1:], "big") if field[0] == 0x80 else _octal(field)
     except ValueError as error:
         raise ValueError(f"{path} is not an uncompressed tar file: no valid header at byte {position}") from error
     name = header[:100].split(b"\0", 1)[0]
@@ -117,14 +127,57 @@ def _parse_header(header: bytes, path: Path, position: int) -> tuple[bytes, str,
     return header[156:157], name.decode("utf-8", "surrogateescape").removeprefix("./"), size
 
 
+def _octal(field: bytes) -> int:
+    """A number as a header holds it; int() alone would take a sign, by which a walk could go backwards for ever."""
+    digits = field.strip(b"\0 ") or b"0"
+    if not digits.isdigit():
+        raise ValueError(f"{field!r} is no octal number")
+    return int(digits, 8)
+
+
+def _check_name(name: str, path: Path) -> str:
+    """The name itself. No member is ever unpacked, but a shard that tries to leave its folder is not to be trusted."""
+    if name.startswith("/") or ".." in name.split("/"):
+        raise ValueError(f"{path} is not safe: the member {name[:200]!r} would lie outside of its folder")
+    return name
+
+
+def _whole_size(size: int, overrides: dict[str, str], path: Path, position: int) -> int:
+    """The size in the header, or that in a pax record where it is too large for the header."""
+    if "size" not in overrides:
+        return size
+    text = overrides["size"]
+    real = int(text) if len(text) < 20 and text.isascii() and text.isdigit() else -1
+    if real != size and real < LARGEST_OCTAL:
+        raise ValueError(f"{path} is damaged: its member at byte {position} has the impossible size {text[:30]!r}")
+    return real
+
+
+def _read_overrides(descriptor: int, path: Path, kind: bytes, body: int, size: int) -> dict[str, str]:
+    """What a GNU long name or a pax header says of the member that follows: its `path`, its `size`."""
+    if size > MAX_RECORDS:
+        raise ValueError(f"{path} is damaged: the name or the records at byte {body} should have {size} bytes")
+    content = os.pread(descriptor, size, body)
+    if kind == b"L":
+        return {"path": content.rstrip(b"\0").decode("utf-8", "surrogateescape")}
+    try:
+        records = _parse_pax(content)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: no valid pax records at byte {body}") from error
+    return {key: value for key, value in records.items() if key in ("path", "size")}
+
+
 def _parse_pax(records: bytes) -> dict[str, str]:
-    """The `length key=value` records of an extended header."""
-    found = {}
-    while records:
-        length = int(records.split(b" ", 1)[0])
-        key, _, value = records[:length].split(b" ", 1)[1].rstrip(b"\n").partition(b"=")
-        found[key.decode()] = value.decode("utf-8", "surrogateescape")
-        records = records[length:]
+    """The `length key=value` records of an extended header. Raises ValueError."""
+    found, position = {}, 0
+    while position < len(records):
+        digits = records[position : position + 8].split(b" ", 1)[0]
+        end = position + (int(digits) if digits.isdigit() else 0)
+        key, equals, value = records[position + len(digits) + 1 : end].partition(b"=")
+        if not equals or end > len(records) or records[end - 1 : end] != b"\n":
+            raise ValueError(f"no record at byte {position}")
+        found[key.decode()] = value[:-1].decode("utf-8", "surrogateescape")
+        position = end
     return found
 
 
