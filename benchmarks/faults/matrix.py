@@ -1,0 +1,16 @@
+"""All scenarios, in the order of the table."""
+
+from __future__ import annotations
+
+from benchmarks.faults import resume
+from benchmarks.faults.lab import Lab, Outcome, Scenario, brief
+
+SCENARIOS: list[Scenario] = [*resume.SCENARIOS]
+
+
+def play(lab: Lab, scenario: Scenario) -> Outcome:
+    """One row. A scenario that itself fails is not ok."""
+    try:
+        return scenario.play(lab)
+    except Exception as error:
+        return Outcome(brief(f"{type(error).__name__}: {error}", 1500), "unknown", False)
