@@ -38,6 +38,8 @@ def save_backbone(
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         save_file({k: t.detach().cpu().contiguous() for k, t in state.items()}, partial, metadata)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())  # or a power cut could leave an empty file under the final name
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -147,8 +147,9 @@ class Trainer:
 
     def save(self, step: int) -> None:
         """The resumable checkpoint, and the teacher in one file."""
-        self.checkpointer.save(step, self.objective, self.optimizer)
+        self.checkpointer.save(step, self.objective, self.optimizer, about={})
         self.checkpointer.save_teacher(step, self.objective.teacher["backbone"], self.cfg.model, self.cfg.photometric)
+        self.checkpointer.wait()
 
     def teacher(self) -> VisionTransformer:
         """The teacher's backbone as a plain module on every rank, whatever it is sharded over."""
@@ -178,7 +179,7 @@ class Trainer:
             )
 
     def _resume(self, checkpoint: Path) -> int:
-        step = self.checkpointer.load(checkpoint, self.objective, self.optimizer)
+        step: int = self.checkpointer.load(checkpoint, self.objective, self.optimizer)["step"]
         if step > self.schedules.total_steps:
             raise ValueError(
                 f"{checkpoint} has done {step} steps, more than the {self.schedules.total_steps} asked for"
