@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import io
+import logging
+import lzma
+import math
 import struct
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +21,16 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-REASONS = ("empty", "not-an-image", "truncated", "too-large", "wrong-channels", "missing", "unreachable", "unreadable")
+REASONS = (
+    "empty", "not-an-image", "truncated", "too-large", "wrong-channels", "missing", "changed", "unreachable", "unsafe-path",
+    "unreadable",
+)  # fmt: skip
 EXTENSIONS = frozenset(["jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jp2", "npy"])
 MAX_PIXELS = 2**27  # by the header, before anything is decoded: 134 megapixels, half a gigabyte as RGBX
+MAX_BYTES = 2**31 - 4096  # of one encoded image: what a single read gives on Linux
+MAX_INFLATED = 2**28  # bytes that a part of a TIFF may grow to without being looked at first
+# Pillow knows more, but some of those start programs (EPS runs Ghostscript) and none of them holds photographs.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 ORIENTATION = 0x0112  # the EXIF tag
 TRANSPOSED = frozenset((5, 6, 7, 8))  # its values that exchange width and height
 
@@ -68,12 +81,14 @@ def open_picture(data: bytes, channels: int = 3) -> Picture:
     """
     if not data:
         raise BadImage("empty")
+    if len(data) > MAX_BYTES:
+        raise BadImage("too-large", f"{len(data)} bytes")
     with _named_reasons():
         if data[:6] == b"\x93NUMPY":
-            return _open_array(np.load(io.BytesIO(data), allow_pickle=False), channels)
+            return _open_array(_read_npy(data), channels)
         if channels not in (1, 3) and data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-            return _open_array(_read_tiff(data), channels)
-        image = Image.open(io.BytesIO(data))
+            return _open_array(_read_tiff(data, channels), channels)
+        image = Image.open(io.BytesIO(data), formats=_formats())
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise BadImage("too-large", f"{width} x {height} pixels")
@@ -81,6 +96,13 @@ def open_picture(data: bytes, channels: int = 3) -> Picture:
         if orientation in TRANSPOSED:
             width, height = height, width
         return Picture(width, height, channels, image, orientation)
+
+
+@cache
+def _formats() -> list[str]:
+    """FORMATS as far as this Pillow was built with them."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 @contextmanager
@@ -91,17 +113,25 @@ def _named_reasons() -> Iterator[None]:
             # Pillow warns of odd metadata and of sizes below our own limit; neither concerns the pixels.
             warnings.simplefilter("ignore")
             yield
-    except (BadImage, MemoryError, ImportError):
+    except (BadImage, ImportError):
         raise
     except UnidentifiedImageError as error:
         raise BadImage("not-an-image") from error
     except Image.DecompressionBombError as error:
         raise BadImage("too-large", str(error)) from error
+    except MemoryError as error:  # one file must not end a run; where memory is short in truth, many will be bad
+        raise BadImage("too-large", f"not enough memory. {error}") from error
     except (EOFError, struct.error) as error:
         raise BadImage("truncated", str(error)) from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, IndexError, ... on broken input
-        short = any(word in str(error).lower() for word in ("truncated", "unexpected end", "cannot reshape", "eof"))
-        raise BadImage("truncated" if short else "unreadable", str(error)) from error
+        raise BadImage(_reason_in(str(error).lower()), str(error)) from error
+
+
+def _reason_in(message: str) -> str:
+    if any(words in message for words in ("too large", "too much memory")):
+        return "too-large"
+    short = any(words in message for words in ("truncated", "unexpected end", "cannot reshape", "eof"))
+    return "truncated" if short else "unreadable"
 
 
 def _draft(image: Image.Image, shrink: int) -> None:
@@ -162,15 +192,61 @@ def _match_channels(pixels: NDArray[np.uint8], channels: int) -> NDArray[np.uint
     raise BadImage("wrong-channels", f"{pixels.shape[2]} channels, not {channels}")
 
 
-def _read_tiff(data: bytes) -> NDArray[np.generic]:
+def _read_npy(data: bytes) -> NDArray[np.generic]:
+    """The array of a NumPy file; np.load would first take the memory that the header asks for."""
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise BadImage("unreadable", f"a NumPy file of version {version}")
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, columns_first, dtype = read_header(file)
+    if dtype.kind not in "biuf" or min(shape, default=0) < 0:
+        raise BadImage("unreadable", f"values of type {dtype}, shape {shape}")
+    count = math.prod(shape)
+    if count * dtype.itemsize > len(data) - file.tell():
+        raise BadImage("truncated", f"{count} values of {dtype.itemsize} bytes in {len(data) - file.tell()}")
+    if count == 0:
+        raise BadImage("empty")
+    values: NDArray[np.generic] = np.frombuffer(data, dtype, count, file.tell())
+    return values.reshape(shape, order="F" if columns_first else "C")
+
+
+def _read_tiff(data: bytes, channels: int) -> NDArray[np.generic]:
+    """The first page of a TIFF, with all those after it that are alike: (H, W), (H, W, C), (C, H, W)."""
     try:
         import tifffile
     except ImportError:
         raise ImportError(
             "reading TIFF files of several bands needs the package tifffile: pip install tifffile"
         ) from None
-    array: NDArray[np.generic] = tifffile.imread(io.BytesIO(data))
-    return array
+    # It tells of each oddity on the terminal, which is one line an image; what matters is raised.
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        first = file.pages.first
+        pages: list[Any] = []
+        for page in file.pages:
+            if (page.shape, page.dtype) == (first.shape, first.dtype):
+                _check_page(page, data, channels)
+                pages.append(page)
+            if len(pages) > channels:
+                raise BadImage("wrong-channels", f"more than {channels} pages")
+        arrays = [page.asarray(maxworkers=1) for page in pages]
+    return arrays[0] if len(arrays) == 1 else np.stack(arrays)
+
+
+def _check_page(page: Any, data: bytes, channels: int) -> None:
+    """Raises BadImage where decoding would take more memory than an image of the largest allowed size does."""
+    values = max(math.prod(page.shape), math.prod(page.chunks))
+    if values > MAX_PIXELS * channels:
+        raise BadImage("too-large", f"a page of shape {page.shape} in parts of {page.chunks}")
+    inflators: dict[int, Any] = {8: zlib.decompressobj, 32946: zlib.decompressobj, 34925: lzma.LZMADecompressor}
+    inflator = inflators.get(int(page.compression))
+    ratio = 1100 if inflator is zlib.decompressobj else 10_000  # the most that either makes of a byte, and some more
+    most = 2 * math.prod(page.chunks) * page.dtype.itemsize + 2**20  # a part may be padded
+    for start, size in zip(page.dataoffsets, page.databytecounts, strict=False):
+        part = data[start : start + size]
+        if inflator and len(part) * ratio > MAX_INFLATED and len(inflator().decompress(part, most + 1)) > most:
+            raise BadImage("too-large", f"{size} bytes of a page of shape {page.shape} hold more than {most}")
 
 
 def _orient(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dinoreg.config import ConfigError
 from dinoreg.data import tarindex
-from dinoreg.data.images import EXTENSIONS, BadImage
+from dinoreg.data.images import EXTENSIONS, MAX_BYTES, BadImage
 
 FOLDER_CHUNK = 1024  # files that count as one shard in the order; they are drawn from the whole folder
 OPEN_SHARDS = 64  # file descriptors a process keeps
@@ -69,9 +69,12 @@ class Folder:
 
     def read(self, index: int) -> bytes:
         """Raises BadImage when the file has gone."""
-        name = self.name(index)
         try:
-            return Path(self.root, name).read_bytes()
+            with open(f"{self.root}/{self.name(index)}", "rb") as file:  # noqa: PTH123
+                size = os.fstat(file.fileno()).st_size
+                if size > MAX_BYTES:
+                    raise BadImage("too-large", f"{size} bytes")
+                return file.read()
         except OSError as error:
             raise BadImage("missing", str(error)) from error
 
