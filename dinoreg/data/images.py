@@ -22,8 +22,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 REASONS = (
-    "empty", "not-an-image", "truncated", "too-large", "wrong-channels", "missing", "changed", "unreachable", "unsafe-path",
-    "unreadable",
+    "empty", "not-an-image", "truncated", "too-large", "wrong-channels", "missing", "changed", "unreachable",
+    "unsafe-path", "unreadable",
 )  # fmt: skip
 EXTENSIONS = frozenset(["jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jp2", "npy"])
 MAX_PIXELS = 2**27  # by the header, before anything is decoded: 134 megapixels, half a gigabyte as RGBX
