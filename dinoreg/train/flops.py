@@ -63,15 +63,23 @@ def step_flops(config: RunConfig) -> tuple[float, float]:
     The student goes forward and backward (3 times its forward) through all crops, the teacher forward through the
     global ones. "Executed" leaves out the rows that drop path skips; recomputed activations count in neither.
     """
-    kept = kept_share(config.model)
-    heads = 3 * _head_flops(config, config.crops.local_count + 2) + _head_flops(config, 2)
+    teacher = teacher_flops(config)
+    return 3 * _student_flops(config, 1.0) + teacher, 3 * _student_flops(config, kept_share(config.model)) + teacher
+
+
+def teacher_flops(config: RunConfig) -> float:
+    """The teacher's forward for one source image; the rest of a step is the student's, one third of it forward."""
+    count, patches = sequences(config)[0]
+    backbone = _embedding_flops(config.model, patches) + _blocks_flops(config.model, patches)
+    return count * backbone + _head_flops(config, count)
+
+
+def _student_flops(config: RunConfig, kept: float) -> float:
+    """Forward, for one source image, with this share of the rows of residual branches."""
     crops = sequences(config)
     embedding = sum(count * _embedding_flops(config.model, patches) for count, patches in crops)
     blocks = sum(count * _blocks_flops(config.model, patches) for count, patches in crops)
-    student = 3 * embedding, 3 * blocks
-    count, patches = crops[0]
-    teacher = count * (_embedding_flops(config.model, patches) + _blocks_flops(config.model, patches))
-    return sum(student) + teacher + heads, student[0] + kept * student[1] + teacher + heads
+    return embedding + kept * blocks + _head_flops(config, config.crops.local_count + 2)
 
 
 def sequences(config: RunConfig) -> list[tuple[int, int]]:
