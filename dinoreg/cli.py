@@ -11,6 +11,10 @@ import traceback
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dinoreg.train.recipe import RunConfig
 
 OVERVIEW = """\
 usage: dinoreg COMMAND ...
@@ -65,6 +69,7 @@ def train(words: Sequence[str]) -> int:
         examples:
           dinoreg train own_images_1gpu data.sources=/my/images run_dir=runs/mine
           dinoreg train own_images_1gpu data.sources=/my/images --dry-run     what it would be and cost
+          dinoreg train vitg14 --dry-run world_size=1024 gpu=H200             the same on a cluster that is not there
           dinoreg train configs/demo.yaml data.sources=/my/images train.steps=200
           dinoreg train own_images_1gpu 'data.sources=[a-{{000..099}}.tar, b-{{00..09}}.tar]' model.init_from=FILE
           torchrun --nproc-per-node 8 -m dinoreg train own_images_8gpu data.sources=/my/images
@@ -81,17 +86,33 @@ def train(words: Sequence[str]) -> int:
 
     from dinoreg.train.recipe import RunConfig
 
-    config = load(RunConfig, asked.config, [*_other_lengths_off(asked.overrides), *asked.overrides])
+    cluster, overrides = _cluster_words(asked.overrides) if asked.dry_run else ([], asked.overrides)
+    config = load(RunConfig, asked.config, [*_other_lengths_off(overrides), *overrides])
     if asked.dry_run:
-        from dinoreg.train.plan import print_plan
-
-        print_plan(config)
+        _print_plan(config, cluster)
         return 0
     _require_sources(config.data.sources)
     from dinoreg.train.trainer import train as run
 
     run(config)
     return 0
+
+
+def _cluster_words(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Words about GPUs that are not here, which only a plan understands, and the run's own."""
+    from dinoreg.train.scale import split_words
+
+    return split_words(overrides)
+
+
+def _print_plan(config: RunConfig, cluster: Sequence[str]) -> None:
+    from dinoreg.train.plan import print_plan
+    from dinoreg.train.scale import print_scale
+
+    if cluster:
+        print_scale(config, cluster)
+    else:
+        print_plan(config)
 
 
 def _other_lengths_off(overrides: Sequence[str]) -> list[str]:
