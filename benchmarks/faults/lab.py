@@ -16,15 +16,19 @@ import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+
+T = TypeVar("T")
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPE = Path(__file__).with_name("tiny.yaml")
@@ -69,7 +73,7 @@ class Run:
 
     def __init__(self, run_dir: Path, processes: list[subprocess.Popen[bytes]], outputs: list[Path]) -> None:
         self.run_dir, self.processes, self.outputs = run_dir, processes, outputs
-        self.begun = time.monotonic()
+        self.begun, self.seconds = time.monotonic(), 0.0  # when it was started, and how long it took
 
     def said(self, rank: int = 0) -> str:
         """Everything that a rank has printed up to now."""
@@ -130,6 +134,7 @@ class Run:
                 process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 raise TimeoutError(f"still running after {seconds:.0f} s: {self.said()[-800:]}") from None
+        self.seconds = time.monotonic() - self.begun
         return self.codes()
 
     def codes(self) -> list[int]:
@@ -151,8 +156,8 @@ class Lab:
         self.root = Path(self._folder.name)
         self.root.chmod(0o755)  # one scenario is another user
         self.runs: list[Run] = []
-        self._references: dict[tuple[str, int], Path] = {}
-        self._locks = {(kind, ranks): threading.Lock() for kind in ("folder", "shards") for ranks in (1, 2)}
+        self._made: dict[Hashable, Any] = {}
+        self._lock, self._locks = threading.Lock(), dict[Hashable, threading.Lock]()
         self.sources = {"folder": self.root / "images", "shards": self.root / "shards"}
         draw_images(self.sources["folder"])
         write_shards(self.sources["folder"], self.sources["shards"])
@@ -200,7 +205,7 @@ class Lab:
         for rank in range(1 if torchrun else ranks):
             outputs.append(talk / f"rank{rank}.txt")
             with outputs[-1].open("wb") as out:
-                env = _environment(rank, ranks, port) if not torchrun else _environment(0, 1, port)
+                env = environment(rank, ranks, port) if not torchrun else environment(0, 1, port)
                 processes.append(
                     subprocess.Popen(
                         command, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, user=user
@@ -216,15 +221,24 @@ class Lab:
         run.wait()
         return run
 
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gives, made by the first who asks; others wait for it."""
+        with self._lock:
+            lock = self._locks.setdefault(key, threading.Lock())
+        with lock:
+            if key not in self._made:
+                self._made[key] = make()
+            return self._made[key]
+
     def reference(self, data: str = "folder", ranks: int = 1) -> Path:
-        """The run directory of an uninterrupted run, made once. Raises RuntimeError where even that fails."""
-        with self._locks[data, ranks]:
-            if (data, ranks) not in self._references:
-                run = self.run(self.fresh() / "run", data=data, ranks=ranks)
-                if any(run.codes()):
-                    raise RuntimeError(f"an uninterrupted run failed: {run.said()[-2000:]}")
-                self._references[data, ranks] = run.run_dir
-            return self._references[data, ranks]
+        """The run directory of an uninterrupted run. Raises RuntimeError where even that fails."""
+        return self.once(("reference", data, ranks), partial(self._uninterrupted, data, ranks))
+
+    def _uninterrupted(self, data: str, ranks: int) -> Path:
+        run = self.run(self.fresh() / "run", data=data, ranks=ranks)
+        if any(run.codes()):
+            raise RuntimeError(f"an uninterrupted run failed: {run.said()[-2000:]}")
+        return run.run_dir
 
     def crashed(self, step: int, data: str = "folder", ranks: int = 1) -> Path:
         """A run directory as a run leaves it that was killed soon after its checkpoint of `step`."""
@@ -233,6 +247,8 @@ class Lab:
         for path in [*(run_dir / "checkpoints").glob("step_*"), *(run_dir / "teacher").glob("step_*")]:
             if int(path.name[5:13]) > step:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+        lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (run_dir / "metrics.jsonl").write_text("".join(lines[: step + 1]))
         return run_dir
 
 
@@ -253,8 +269,10 @@ def learnt(run_dir: Path) -> dict[int, dict[str, float]]:
     }
 
 
-def teacher_of(run_dir: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
-    return load_file(run_dir / "teacher" / f"step_{step:08d}.safetensors")
+def teacher_of(run_dir: Path) -> dict[str, torch.Tensor]:
+    """The last one; nothing where there is none."""
+    path = run_dir / "teacher" / f"step_{STEPS:08d}.safetensors"
+    return load_file(path) if path.exists() else {}
 
 
 def saved_steps(run_dir: Path) -> list[int]:
@@ -275,7 +293,9 @@ def difference(found: Path, expected: Path, tolerance: float = 0.0) -> str:
         for name, value in numbers.items():
             if not _close(ours[step].get(name), value, tolerance):
                 return f"{name} of step {step} is {ours[step].get(name)}, not {value}"
-    mine, other = teacher_of(found), teacher_of(expected)
+    other = teacher_of(expected)
+    if not (mine := teacher_of(found)):
+        return "there is no last teacher"
     for name, tensor in other.items():
         # The gradient of the keys' bias is rounding alone, which AdamW makes as large as any other: hence 10 x.
         same = torch.allclose(mine[name], tensor, rtol=0, atol=10 * tolerance)
@@ -303,8 +323,10 @@ def one_line(run: Run, rank: int = 0) -> bool:
     return bool(run.last_words(rank)) and "Traceback" not in run.said(rank)
 
 
-def brief(text: str, width: int = 160) -> str:
-    """A message, cut to what fits a table."""
+def brief(text: str, width: int = 160, **places: Path) -> str:
+    """A message, cut to what fits a table; a long path is shown by the name given here."""
+    for name, path in places.items():
+        text = text.replace(str(path), name)
     text = " ".join(text.split())
     return text if len(text) <= width else text[: width - 3] + "..."
 
@@ -381,7 +403,7 @@ def _free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+def environment(rank: int = 0, ranks: int = 1, port: int = 0) -> dict[str, str]:
     """As on a login node: nothing of a launcher that the matrix itself may run under, then what a launcher sets."""
     foreign = ("SLURM_", "TORCHELASTIC_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_")
     env = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}

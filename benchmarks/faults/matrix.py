@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from benchmarks.faults import resume
+from benchmarks.faults import checkpoints, data, numbers, resume, rundir, signals
 from benchmarks.faults.lab import Lab, Outcome, Scenario, brief
 
-SCENARIOS: list[Scenario] = [*resume.SCENARIOS]
+GROUPS = (resume, signals, numbers, checkpoints, rundir, data)
+SCENARIOS: list[Scenario] = [scenario for group in GROUPS for scenario in group.SCENARIOS]
 
 
 def play(lab: Lab, scenario: Scenario) -> Outcome:
