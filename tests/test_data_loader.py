@@ -176,18 +176,52 @@ def test_a_small_set_is_judged_after_one_pass(tmp_path) -> None:
         list(load(tmp_path, batch_size=4))
 
 
-def test_a_dying_worker_is_reported(folder) -> None:
-    loader = load(folder, steps=10_000, workers=1, prefetch=1)
-    batches = iter(loader)
-    next(batches)
-    import multiprocessing
+def kill_a_worker(loader: BatchLoader) -> None:
+    assert loader._feed is not None
+    os.kill(loader._feed.workers[0].pid or 0, signal.SIGKILL)
 
-    victim = multiprocessing.active_children()[-1]
-    os.kill(victim.pid, signal.SIGKILL)
-    with pytest.raises(DataError, match="a data worker died") as caught:
-        for _ in batches:
-            pass
-    assert "data.workers" in str(caught.value) and "\n" not in str(caught.value)
+
+def test_workers_that_are_killed_are_started_again_and_nothing_changes(folder, caplog) -> None:
+    alone = list(load(folder, steps=24))
+    loader = load(folder, steps=24, workers=2)
+    batches = []
+    for step, batch in enumerate(loader):
+        batches.append(batch)
+        if step in (0, 7, 15):
+            kill_a_worker(loader)
+    assert_same(joined(batches), joined(alone))
+    assert [batch.keys for batch in batches] == [batch.keys for batch in alone]
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 3
+    assert "was killed by SIGKILL" in caplog.text and "(3 of at most 3 times)" in caplog.text
+
+
+def test_workers_that_die_again_and_again_end_the_run(folder) -> None:
+    loader = load(folder, steps=10_000, workers=1, prefetch=1)
+    with pytest.raises(DataError, match="a data worker died again after 3 new starts") as caught:
+        for _ in loader:
+            kill_a_worker(loader)
+    assert "data.workers" in str(caught.value) and "SIGKILL" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_starting_workers_leaves_the_random_numbers_of_the_run_alone(folder) -> None:
+    before = torch.get_rng_state()
+    assert len(list(load(folder, steps=2, workers=1))) == 2
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_every_row_has_its_key(folder, tmp_path) -> None:
+    root = tmp_path / "mixed"
+    shutil.copytree(folder, root)
+    (root / "10.png").write_bytes(b"")
+    loader = load(root, steps=5, max_bad_share=0.5)
+    batches = list(loader)
+    keys = [key for batch in batches for key in batch.keys]
+    assert len(keys) == 60 and {shard for shard, _ in keys} == {str(root)}
+    assert "10.png" not in {key for _, key in keys}
+    first = [loader.maker.reader.entry(number).where() for number in range(50)]
+    assert all(key == due or due[1] == "10.png" for key, due in zip(keys, first, strict=False))
+    assert [part.keys for part in batches[0].split(3)] == [keys[0:4], keys[4:8], keys[8:12]]
+    assert batches[0].to("cpu").keys == keys[:12]
 
 
 def test_a_batch_that_the_ranks_cannot_share(folder) -> None:

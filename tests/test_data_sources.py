@@ -1,16 +1,11 @@
-"""Order, mixing, tar indices and streams."""
+"""Order, mixing and tar indices."""
 
 from __future__ import annotations
 
-import functools
-import gzip
-import http.server
 import io
 import itertools
 import os
-import shutil
 import tarfile
-import threading
 from collections import Counter
 from pathlib import Path
 
@@ -20,11 +15,10 @@ import pytest
 from dinoreg.config import ConfigError
 from dinoreg.data import tarindex
 from dinoreg.data.counter import Purpose, generator, make_key, permute
-from dinoreg.data.images import BadImage, DataError
+from dinoreg.data.images import BadImage
 from dinoreg.data.order import MIX_BLOCK, EpochOrder, Mixture
 from dinoreg.data.sources import DataConfig, Reader, Sources, open_sources
 from dinoreg.data.stored import Folder, Shards
-from dinoreg.data.streams import Stream
 
 
 def write_tar(path: Path, members: dict[str, bytes], format: int = tarfile.USTAR_FORMAT) -> Path:
@@ -274,81 +268,6 @@ def test_what_cannot_be_opened_is_said_in_one_line(tmp_path, entries, message) -
         open_sources(DataConfig(sources=[fill(entry) for entry in entries]))
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert caught.value.key == "data.sources"
-
-
-def test_streams_read_everything_once_a_pass(tmp_path) -> None:
-    write_shards(tmp_path, [20, 20, 20, 20])
-    packed = tmp_path / "s-000.tar.gz"
-    packed.write_bytes(gzip.compress((tmp_path / "s-000.tar").read_bytes()))
-    urls = [str(packed)] + [f"pipe:cat {tmp_path}/s-00{i}.tar" for i in (1, 2, 3)]
-    for consumers in (1, 2, 8):
-        found: list[int] = []
-        for consumer in range(consumers):
-            stream = Stream(urls, buffer=1, key=3, consumer=consumer, consumers=consumers)
-            found += [int(stream.next().read()) for _ in range(80 // consumers - 1)]
-        assert len(found) == len(set(found)) == 80 - consumers  # all but the one that each still holds
-
-
-@pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset reads URLs with curl")
-def test_urls(tmp_path) -> None:
-    write_shards(tmp_path, [6, 6])
-    handler = functools.partial(QuietHandler, directory=str(tmp_path))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_address[1]}/s-{{000..001}}.tar"
-        found = numbers_of(open_sources(DataConfig(sources=[url], stream_buffer=1)), 0, 11)
-        server.shutdown()
-    assert len(set(found)) == 11 and set(found) <= set(range(12))
-
-
-class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-def test_streams_are_shuffled_and_repeatable(tmp_path) -> None:
-    write_shards(tmp_path, [50, 50])
-    cfg = DataConfig(sources=[f"pipe:cat {tmp_path}/s-00{{0,1}}.tar"], stream_buffer=20)
-    sources = open_sources(cfg)
-    assert sources.num_samples is None
-
-    def first(start: int) -> list[int]:
-        reader = Reader(sources, seed=0, start=start)
-        return [int(reader.entry(g).read()) for g in range(60)]
-
-    assert first(0) == first(0) != first(7)
-    assert first(0) != sorted(first(0))
-
-
-def test_a_failing_stream_is_reported_and_the_others_go_on(tmp_path) -> None:
-    write_shards(tmp_path, [10])
-    stream = Stream(["pipe:exit 3", f"pipe:cat {tmp_path}/s-000.tar"], buffer=1, key=0, consumer=0, consumers=1)
-    entries = [stream.next() for _ in range(30)]
-    failed = [entry for entry in entries if isinstance(entry.data, BadImage)]
-    assert failed and len(failed) < 5
-    assert failed[0].data.reason == "unreachable" and failed[0].where()[0] == "pipe:exit 3"
-
-
-def test_streams_that_give_nothing_end_the_run() -> None:
-    stream = Stream(["pipe:exit 3"], buffer=1, key=0, consumer=0, consumers=1)
-    with pytest.raises(DataError, match="no image in any of 1 streamed shards, as pipe:exit 3"):
-        for _ in range(5):
-            stream.next()
-
-
-def test_streams_smaller_than_the_buffer_are_read_once_a_pass(tmp_path) -> None:
-    write_shards(tmp_path, [12])
-    stream = Stream([f"pipe:echo >> {tmp_path}/reads; cat {tmp_path}/s-000.tar"], 1000, key=0, consumer=0, consumers=1)
-    passes = [[int(stream.next().read()) for _ in range(12)] for _ in range(2)]
-    assert [sorted(each) for each in passes] == [list(range(12))] * 2 and passes[0] != passes[1]
-    assert (tmp_path / "reads").read_text().count("\n") == 2
-
-
-def test_more_readers_than_streamed_images(tmp_path) -> None:
-    write_shards(tmp_path, [3])
-    stream = Stream([f"pipe:cat {tmp_path}/s-000.tar"], 1000, key=0, consumer=0, consumers=4)
-    with pytest.raises(DataError, match="3 streamed images are too few for 4 readers"):
-        stream.next()
 
 
 def test_weighted_streams_and_files(tmp_path) -> None:

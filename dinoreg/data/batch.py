@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+
+from dinoreg.data.progress import ShardDone
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class Batch:
 
     global_crops: uint8 (B, 2, C, Hg, Wg); local_crops: uint8 (B, L, C, Hl, Wl); photometric: float32 (B, 2 + L, P),
     the columns of `dinoreg.data.photometric`; masks: bool (B, 2, N), True = hidden from the student; positions: int64
-    (B,), the global sample numbers. Only the crops move to the device by `to`: `develop` looks up on the host which
+    (B,), the global sample numbers; keys: (shard or folder, key) of each row; shards_done: what of streams is done once
+    this batch is trained on. Only the crops move to the device by `to`: `develop` looks up on the host which
     rows an operation concerns and which patches are masked, so that the device is never waited for.
     """
 
@@ -36,30 +39,27 @@ class Batch:
     masks: Tensor
     positions: Tensor
     bad: list[BadSample] = field(default_factory=list)
+    keys: list[tuple[str, str]] = field(default_factory=list)
+    shards_done: list[ShardDone] = field(default_factory=list)
 
     def __len__(self) -> int:
         return self.global_crops.shape[0]
 
     def pin_memory(self) -> Batch:
         """Copies into page-locked memory (DataLoader calls this by its name)."""
-        return Batch(
-            self.global_crops.pin_memory(),
-            self.local_crops.pin_memory(),
-            self.photometric.pin_memory(),
-            self.masks,
-            self.positions,
-            self.bad,
+        return replace(
+            self,
+            global_crops=self.global_crops.pin_memory(),
+            local_crops=self.local_crops.pin_memory(),
+            photometric=self.photometric.pin_memory(),
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The batch with its crops on `device`."""
-        return Batch(
-            self.global_crops.to(device, non_blocking=non_blocking),
-            self.local_crops.to(device, non_blocking=non_blocking),
-            self.photometric,
-            self.masks,
-            self.positions,
-            self.bad,
+        return replace(
+            self,
+            global_crops=self.global_crops.to(device, non_blocking=non_blocking),
+            local_crops=self.local_crops.to(device, non_blocking=non_blocking),
         )
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
@@ -68,13 +68,16 @@ class Batch:
             tensor.record_stream(stream)
 
     def split(self, parts: int) -> list[Batch]:
-        """`parts` equal contiguous parts (views); bad samples go with the first. Raises ValueError on a remainder."""
+        """`parts` equal contiguous parts (views); what belongs to no row goes with the first. Raises ValueError."""
         if parts < 1 or len(self) % parts:
             raise ValueError(f"a batch of {len(self)} images cannot be split into {parts} equal parts")
         tensors = (self.global_crops, self.local_crops, self.photometric, self.masks, self.positions)
         columns = [tensor.chunk(parts) for tensor in tensors]
-        bad = [self.bad] + [[] for _ in range(parts - 1)]
-        return [Batch(*pieces) for pieces in zip(*columns, bad, strict=True)]
+        pieces = [Batch(*piece) for piece in zip(*columns, strict=True)]
+        pieces[0].bad, pieces[0].shards_done = self.bad, self.shards_done
+        for number, piece in enumerate(pieces):
+            piece.keys = self.keys[number * len(piece) : (number + 1) * len(piece)]
+        return pieces
 
 
 @dataclass

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import re
-import signal
+import copy
+import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import Dataset, get_worker_info
 
 from dinoreg.config import ConfigError
 from dinoreg.data.batch import BadSample, Batch
 from dinoreg.data.counter import Purpose, generator
 from dinoreg.data.crops import CropConfig, cut
+from dinoreg.data.feed import Feed, WorkerDied
 from dinoreg.data.images import BadImage, DataError, open_picture
 from dinoreg.data.masks import MaskConfig, draw_masks
 from dinoreg.data.photometric import NUM_PARAMETERS, PhotometricConfig, draw
-from dinoreg.data.sources import DataConfig, Reader, Sources
+from dinoreg.data.progress import Deal, Progress, ShardDone, deal_from, describe, rank_position
+from dinoreg.data.sources import DataConfig, Reader, Sources, Streamed
+from dinoreg.data.workers import choose_workers, fit_shared_memory
 
-MAX_WORKERS = 16  # a rank, when chosen here
+logger = logging.getLogger("dinoreg")
+
 MAX_ATTEMPTS = 100  # samples tried for one place in a batch
+MAX_RESTARTS = 3  # of the workers in a run
+PAGE = 4096  # bytes
 LEAST_TRIED = 100  # samples before the share of bad ones is judged; fewer where the data are fewer
 
 
@@ -47,7 +51,8 @@ class BatchMaker(Dataset[Batch]):
     seed: int
     rank: int
     world: int
-    start_step: int
+    position: dict[str, Any] = field(default_factory=dict)  # of streams, where the run began or went on
+    progress: dict[int, dict[int, Progress]] = field(default_factory=dict)  # since, by consumer and part
 
     def __post_init__(self) -> None:
         self._reader: Reader | None = None
@@ -72,6 +77,11 @@ class BatchMaker(Dataset[Batch]):
             self._cut(batch, row, number)
             rng = generator(self.seed, Purpose.PHOTOMETRIC, number)
             batch.photometric[row] = torch.from_numpy(draw(self.photometric, rng, self.channels, crops.local_count))
+        batch.shards_done += self.reader.take_done()
+        if get_worker_info() is not None:
+            # Here, where a lack of room is an error, and not in the thread that sends, where the batch would be lost.
+            for tensor in (batch.photometric, batch.masks, batch.positions):
+                tensor.share_memory_()
         return batch
 
     def _cut(self, batch: Batch, row: int, number: int) -> None:
@@ -81,7 +91,9 @@ class BatchMaker(Dataset[Batch]):
             try:
                 picture = open_picture(entry.read(), self.channels)
                 rng = generator(self.seed, Purpose.CROP, number)
-                return cut(self.crops, picture, rng, batch.global_crops[row], batch.local_crops[row])
+                cut(self.crops, picture, rng, batch.global_crops[row], batch.local_crops[row])
+                batch.keys.append(entry.where())
+                return
             except BadImage as error:
                 batch.bad.append(BadSample(error.reason, *entry.where()))
         raise TooManyBadSamples(f"{MAX_ATTEMPTS} samples in a row are unusable; the last: {batch.bad[-1]}")
@@ -93,7 +105,8 @@ class BatchMaker(Dataset[Batch]):
             info = get_worker_info()
             worker, workers = (info.id, info.num_workers) if info else (0, 1)
             consumer, consumers = self.rank * workers + worker, self.world * workers
-            self._reader = Reader(self.sources, self.seed, self.start_step, consumer, consumers)
+            progress = self.progress.get(consumer)
+            self._reader = Reader(self.sources, self.seed, consumer, consumers, self.position, progress)
         return self._reader
 
 
@@ -117,51 +130,93 @@ def _empty(*shape: int) -> torch.Tensor:
     return tensor.set_(torch.UntypedStorage._new_shared(size), 0, shape) if size else tensor.new_empty(shape)  # type: ignore[call-overload]
 
 
-def _qualified(error: Exception) -> str:
-    return f"{type(error).__module__}.{type(error).__qualname__}: "
-
-
 class BatchLoader:
-    """Batches of one rank, step by step; counts the samples tried and the bad ones, by reason."""
+    """Batches of one rank, step by step; counts the samples tried and the bad ones, by reason.
 
-    def __init__(self, maker: BatchMaker, cfg: DataConfig, workers: int, steps: int) -> None:
-        self.maker, self.cfg, self.workers = maker, cfg, workers
-        self.steps = range(maker.start_step, steps)
+    Workers that die are started again at the step that was reached. What is stored goes on exactly; streams go on by
+    whole shards, so that images of those that were being read are seen again.
+    """
+
+    def __init__(self, maker: BatchMaker, cfg: DataConfig, workers: int, steps: range) -> None:
+        self.maker, self.cfg, self.workers, self.steps = maker, cfg, workers, steps
         self.tried = 0
         self.bad: Counter[str] = Counter()
+        self._feed: Feed | None = None
+        self._reached = steps.start
+        self._trained: dict[int, dict[int, Progress]] = {}  # by consumer and part, as `position` last told
+        self._later: list[tuple[int, list[ShardDone]]] = []  # what steps after that have finished
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Raises TooManyBadSamples; DataError when a worker dies or a stream gives nothing."""
+        """Raises TooManyBadSamples; DataError when workers die repeatedly or are silent, or a stream gives nothing."""
         for batch in self._batches():
             self._judge(batch)
             yield batch
 
+    def close(self) -> None:
+        """Ends the workers."""
+        if self._feed is not None:
+            self._feed.close()
+            self._feed = None
+
+    def position(self, steps: int | None = None) -> dict[str, Any]:
+        """How far this rank has read its streams when `steps` steps of the run are trained; for JSON.
+
+        Batches are fetched ahead of the step that is trained, hence the number; None counts all that were handed out.
+        It must not fall. `merge_positions` joins the ranks' for `build_loader`. Empty where nothing is streamed.
+        """
+        steps = self._reached if steps is None else steps
+        _add(self._trained, [done for step, done in self._later if step < steps])
+        self._later = [(step, done) for step, done in self._later if step >= steps]
+        found = {}
+        for part, deal in self._deals().items():
+            start = self.maker.position.get(str(part)) if deal.done or deal.epoch else None
+            readers = {consumer: parts[part] for consumer, parts in self._trained.items() if part in parts}
+            found[str(part)] = rank_position(deal, start, readers)
+        return found
+
+    def _deals(self) -> dict[int, Deal]:
+        consumers = self.maker.world * max(1, self.workers)
+        return {
+            number: deal_from(self.maker.position, number, len(part.urls), consumers)
+            for number, part in enumerate(self.maker.sources.parts)
+            if isinstance(part, Streamed)
+        }
+
     def _batches(self) -> Iterator[Batch]:
+        self._reached, restarts = self.steps.start, 0
+        while self._reached < self.steps.stop:
+            try:
+                yield from self._until_death()
+            except WorkerDied as error:
+                reason, restarts = str(error), restarts + 1
+                if restarts > MAX_RESTARTS:
+                    raise DataError(
+                        f"a data worker died again after {MAX_RESTARTS} new starts ({reason}), most often because the "
+                        "machine or /dev/shm ran out of memory: lower data.workers or data.prefetch"
+                    ) from None
+                logger.warning(
+                    f"careful: a data worker died ({reason}), most often for want of memory; the workers start again "
+                    f"at step {self._reached + 1} ({restarts} of at most {MAX_RESTARTS} times)"
+                )
+
+    def _until_death(self) -> Iterator[Batch]:
+        """Batches from the step that was reached on."""
+        handed_out = copy.deepcopy(self._trained)
+        _add(handed_out, [done for _, done in self._later])
+        maker = replace(self.maker, progress=handed_out) if self.workers else self.maker
+        steps = range(self._reached, self.steps.stop)
+        self._feed = Feed(maker, steps, self.workers, self.cfg.prefetch, self.cfg.timeout)
         try:
-            yield from DataLoader(
-                self.maker,
-                batch_size=None,
-                sampler=self.steps,
-                num_workers=self.workers,
-                prefetch_factor=self.cfg.prefetch if self.workers else None,
-                pin_memory=torch.cuda.is_available(),
-                worker_init_fn=_start_worker,
-                # Not fork: the main process holds threads and a CUDA context, which do not survive it.
-                multiprocessing_context=worker_context() if self.workers else None,
-            )
-        except DataError as error:
-            # A worker's exception arrives with its traceback; the last line is what people need.
-            raise type(error)(str(error).strip().splitlines()[-1].removeprefix(_qualified(error))) from None
-        except RuntimeError as error:
-            if not re.match(r"DataLoader worker \(pid.*(exited|killed)", str(error)):
-                raise
-            raise DataError(
-                f"a data worker died, most often because the machine or /dev/shm ran out of memory: "
-                f"lower data.workers or data.prefetch ({str(error).splitlines()[0]})"
-            ) from error
+            for _ in steps:
+                batch = self._feed.next()
+                self._later += [(self._reached, batch.shards_done)] if batch.shards_done else []
+                self._reached += 1
+                yield batch
+        finally:
+            self.close()
 
     def _judge(self, batch: Batch) -> None:
         """Stops the run when too many samples are bad."""
@@ -194,34 +249,60 @@ def build_loader(
     start_step: int,
     steps: int,
     local_world: int = 1,
+    stream_position: dict[str, Any] | None = None,
+    agree: Callable[[int], int] | None = None,
 ) -> BatchLoader:
     """The loader of one rank for the steps start_step .. steps - 1 (`steps` is the length of the whole run).
 
     grid: patches (h, w) of a global crop; batch_size: source images a step over all ranks; local_world: ranks that
-    share this machine's cores. Raises ConfigError when the ranks cannot share the batch equally.
+    share this machine's cores and shared memory; stream_position: what `merge_positions` gave when the checkpoint was
+    written (streams go on by whole shards; all else follows from start_step); agree: gives all ranks the largest of
+    their numbers, for streams are dealt out to equally many workers on every rank.
+
+    Raises:
+        ConfigError: the ranks cannot share the batch equally, or the workers asked for do not fit in shared memory.
     """
     if batch_size % world:
         raise ConfigError(f"{batch_size} images cannot be shared equally by {world} ranks", "train.batch_size")
-    maker = BatchMaker(sources, crops, photometric, masks, grid, channels, batch_size, seed, rank, world, start_step)
+    position = stream_position or {}
+    maker = BatchMaker(sources, crops, photometric, masks, grid, channels, batch_size, seed, rank, world, position)
     workers = choose_workers(local_world) if data.workers < 0 else data.workers
-    return BatchLoader(maker, data, workers, steps)
+    size = _batch_bytes(crops, batch_size // world, channels, grid)
+    workers = fit_shared_memory(workers, data.workers >= 0, size, data.prefetch, local_world)
+    if agree and data.workers < 0 and sources.num_samples is None:
+        workers = -agree(-workers)
+    if rank == 0:
+        _tell(sources, position)
+    return BatchLoader(maker, data, workers, range(start_step, steps))
 
 
-def choose_workers(local_world: int) -> int:
-    """Workers for a rank: its share of the cores that this process may use, less one for the training loop."""
-    return max(0, min(MAX_WORKERS, len(os.sched_getaffinity(0)) // local_world - 1))
+def _batch_bytes(crops: CropConfig, images: int, channels: int, grid: tuple[int, int]) -> int:
+    """Shared memory that a batch takes, each of its tensors in whole pages."""
+    each = 2 * crops.global_size**2, crops.local_count * crops.local_size**2
+    tensors = [channels * each[0], channels * each[1], 4 * NUM_PARAMETERS * (2 + crops.local_count)]
+    tensors += [2 * grid[0] * grid[1], 8]
+    return sum(-(-images * one // PAGE) * PAGE for one in tensors)
 
 
-def worker_context() -> Any:
-    """Workers from a server process that has imported this module once, so that each starts in a moment."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
+def _tell(sources: Sources, position: dict[str, Any]) -> None:
+    """One line on how streams go on."""
+    for part, one in position.items():
+        here = sources.parts[int(part)] if int(part) < len(sources.parts) else None
+        shards = len(here.urls) if isinstance(here, Streamed) else 0
+        if shards != one["shards"]:
+            logger.warning(
+                f"careful: data.sources streams {shards} shards, before it were {one['shards']}: their pass begins anew"
+            )
+            return
+    if position:
+        logger.info(describe(position))
 
 
-def _start_worker(_: int) -> None:
-    # Ctrl-C is the main process's to handle; a worker ends with it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _add(progress: dict[int, dict[int, Progress]], batches: Iterable[list[ShardDone]]) -> None:
+    """Notes, by consumer and part, the shards that batches have finished."""
+    for shard in (shard for batch in batches for shard in batch):
+        way = progress.setdefault(shard.consumer, {}).setdefault(shard.part, Progress())
+        way.add(shard.epoch, shard.turn)
 
 
 def prefetch_to_device(batches: Iterable[Batch], device: torch.device | str) -> Iterator[Batch]:

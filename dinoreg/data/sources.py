@@ -15,6 +15,7 @@ from braceexpand import braceexpand
 from dinoreg.config import ConfigError
 from dinoreg.data.counter import Purpose, generator, make_key, permute
 from dinoreg.data.order import LEAST_SHARE, EpochOrder, Mixture
+from dinoreg.data.progress import Progress, ShardDone, deal_from
 from dinoreg.data.stored import Source, open_stored
 from dinoreg.data.streams import Stream, is_streamed
 
@@ -27,13 +28,20 @@ class DataConfig:
     sources: list[Any] = field(default_factory=list)
     workers: int = -1  # processes a rank; -1 chooses from the cores at hand, 0 loads in the main process
     prefetch: int = 2  # batches each worker prepares ahead
+    timeout: float = 900.0  # seconds that a batch may take to come from the workers before the run ends; 0 = no limit
     shuffle_window: int = 16  # shards whose samples are shuffled together, to keep reads local
     stream_buffer: int = 1000  # samples held for shuffling where shards can only be streamed
     max_bad_share: float = 0.05  # of the samples tried; beyond it the run stops
 
     def check(self) -> None:
         """Raises ConfigError."""
-        for key, least in (("workers", -1), ("prefetch", 1), ("shuffle_window", 1), ("stream_buffer", 1)):
+        for key, least in (
+            ("workers", -1),
+            ("prefetch", 1),
+            ("timeout", 0),
+            ("shuffle_window", 1),
+            ("stream_buffer", 1),
+        ):
             if getattr(self, key) < least:
                 raise ConfigError(f"must be at least {least}", key=key)
         if not 0 <= self.max_bad_share <= 1:
@@ -125,20 +133,35 @@ class StoredEntry:
 class Reader:
     """Encoded images by global sample number, for one consumer (a worker of a rank) out of all.
 
-    What is stored depends on (seed, number) alone. What is streamed depends on `start` (the step at which the run began
-    or went on) and on the consumer too: streams have no positions.
+    What is stored depends on (seed, number) alone. What is streamed depends on the consumer too, and goes on by whole
+    shards: after `position` (of `merge_positions`), and after what this consumer has read since (`progress`, by part).
     """
 
-    def __init__(self, sources: Sources, seed: int, start: int = 0, consumer: int = 0, consumers: int = 1) -> None:
-        self.parts, self.seed = sources.parts, seed
+    def __init__(
+        self,
+        sources: Sources,
+        seed: int,
+        consumer: int = 0,
+        consumers: int = 1,
+        position: Mapping[str, Any] | None = None,
+        progress: Mapping[int, Progress] | None = None,
+    ) -> None:
+        self.parts, self.seed, self.consumer = sources.parts, seed, consumer
         self.mixture = Mixture(sources.weights, seed)
         self.orders: list[EpochOrder | Stream] = []
         for number, part in enumerate(self.parts):
+            key = make_key(seed, number)
             if isinstance(part, Collection):
-                self.orders.append(part.order(make_key(seed, number)))
+                self.orders.append(part.order(key))
             else:
-                key = make_key(seed, number, start)
-                self.orders.append(Stream(part.urls, part.buffer, key, consumer, consumers))
+                deal = deal_from(position or {}, number, len(part.urls), consumers)
+                done = (progress or {}).get(number)
+                self.orders.append(Stream(part.urls, part.buffer, key, consumer, consumers, deal, done))
+
+    def take_done(self) -> list[ShardDone]:
+        """The streamed shards whose last image was handed out since this was asked last."""
+        streams = [(number, order) for number, order in enumerate(self.orders) if isinstance(order, Stream)]
+        return [ShardDone(number, self.consumer, *each) for number, order in streams for each in order.take_done()]
 
     def entry(self, number: int, attempt: int = 0) -> Entry:
         """Sample `number`; from attempt 1 on, what stands in for it where it is bad: any other of the same part."""

@@ -1,14 +1,19 @@
-"""Shards that can only be read from the start: pipes, URLs, compressed tars. Read by the webdataset library."""
+"""Shards that can only be read from the start: pipes, URLs, compressed tars. Samples are grouped as webdataset does."""
 
 from __future__ import annotations
 
 import itertools
+import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 from dinoreg.data.counter import Purpose, generator, make_key
 from dinoreg.data.images import EXTENSIONS, BadImage, DataError
+from dinoreg.data.progress import Deal, Progress
+from dinoreg.data.remote import Patience, open_remote
 
 STREAMED_PREFIXES = (
     "pipe:",
@@ -24,6 +29,8 @@ STREAMED_PREFIXES = (
     "hf:",
 )
 STREAMED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+READ_BYTES = 1 << 18
+BARREN = 20  # shards without an image in between end the run; fewer where there are fewer
 
 
 def is_streamed(path: str) -> bool:
@@ -33,11 +40,12 @@ def is_streamed(path: str) -> bool:
 
 @dataclass(frozen=True)
 class StreamedEntry:
-    """What a stream gave: the bytes of an image, or the reason why a shard broke off."""
+    """What a stream gave: the bytes of an image, or the reason why a shard broke off or a member was refused."""
 
     data: bytes | BadImage
     url: str
     key: str
+    turn: int = 0  # of the shard among the reader's
 
     def read(self) -> bytes:
         """Raises BadImage."""
@@ -53,23 +61,62 @@ class StreamedEntry:
 class Stream:
     """Endless samples of one consumer (a worker of a rank) out of all consumers, in an order fixed by the key.
 
-    Each pass shuffles the shards; consumers take turns by shard, or by sample where there are fewer shards than
-    consumers. Samples then go through a buffer from which a random one leaves. A stream cannot be resumed in its
-    middle: start it again under another key.
+    Each pass shuffles the shards and deals them out (see `Deal`). Samples then go through a buffer from which a random
+    one leaves. A shard is done when its last image has left the buffer; `take_done` tells. A stream goes on by whole
+    shards: those dealt to this consumer that are not done (`progress`) are read from their beginning, so at most the
+    images of the shards that were being read, or lay in the buffer, are seen again. One that cannot be read counts as
+    done: its turn comes again in the next pass.
     """
 
-    def __init__(self, urls: list[str], buffer: int, key: int, consumer: int, consumers: int) -> None:
+    def __init__(
+        self,
+        urls: list[str],
+        buffer: int,
+        key: int,
+        consumer: int,
+        consumers: int,
+        deal: Deal | None = None,
+        progress: Progress | None = None,
+        patience: Patience | None = None,
+    ) -> None:
         self.urls, self.buffer, self.key = urls, buffer, key
         self.consumer, self.consumers = consumer, consumers
+        self.deal = deal or Deal(len(urls), consumers)
+        self.progress = progress or Progress(self.deal.epoch)
+        self.patience = patience or Patience()
+        self._inside: Counter[int] = Counter()  # images of each turn that have not been handed out
+        self._whole: set[int] = set()  # turns that have been read to their end, with images inside
+        self._done: list[tuple[int, int]] = []
+        self._barren: set[str] = set()  # shards that gave nothing since the last that gave an image
+        self._epoch = self.progress.epoch
         self._entries = self._shuffled()
 
     def next(self) -> StreamedEntry:
         """The next image, or the failure of a shard. Raises DataError when nothing can be read at all."""
-        return next(self._entries)
+        entry = next(self._entries)
+        if not isinstance(entry.data, BadImage):
+            self._inside[entry.turn] -= 1
+            if entry.turn in self._whole:
+                self._finish(entry.turn)
+        return entry
+
+    def take_done(self) -> list[tuple[int, int]]:
+        """(pass, turn) of the shards whose last image was handed out since this was asked last."""
+        done, self._done = self._done, []
+        return done
+
+    def _finish(self, turn: int) -> None:
+        """A shard that has been read to its end is done when none of its images is inside."""
+        self._whole.add(turn)
+        if not self._inside[turn]:
+            self._whole.remove(turn)
+            del self._inside[turn]
+            self._done.append((self._epoch, turn))
 
     def _shuffled(self) -> Iterator[StreamedEntry]:
-        rng = generator(make_key(self.key, self.consumer), Purpose.STREAM, 0)
-        for epoch in itertools.count():
+        for epoch in itertools.count(self.progress.epoch):
+            self._epoch = epoch
+            rng = generator(make_key(self.key, self.consumer), Purpose.STREAM, epoch)
             held: list[StreamedEntry] = []
             for entry in self._one_pass(epoch):
                 if isinstance(entry.data, BadImage):
@@ -84,41 +131,93 @@ class Stream:
             yield from (held[place] for place in rng.permutation(len(held)))
 
     def _one_pass(self, epoch: int) -> Iterator[StreamedEntry]:
-        """This consumer's samples of a pass. One that gives nothing ends the run, for so would the next."""
+        """This consumer's samples of a pass. One that gives too little for all ends the run, for so would the next."""
         order = generator(self.key, Purpose.STREAM, epoch + 1).permutation(len(self.urls))
-        by_shard = len(self.urls) >= self.consumers
-        mine = order[self.consumer :: self.consumers] if by_shard else order
-        found, given, failure = 0, 0, ""
-        for entry in self._read_shards([self.urls[i] for i in mine]):
-            if isinstance(entry.data, BadImage):
-                failure = str(entry.data)
-                yield entry
+        left = self.deal.left(epoch)
+        before = self.progress.done if epoch == self.progress.epoch else set()
+        found, given = 0, 0
+        for turn, place in enumerate(self.deal.share(left, epoch, self.consumer).tolist()):
+            if turn in before:
                 continue
-            found += 1
-            if by_shard or found % self.consumers == self.consumer:
-                given += 1
-                yield entry
-        if not found:
-            raise DataError(f"no image in any of {len(mine)} streamed shards, as {self.urls[mine[0]]}. {failure}")
-        if not given:
+            for mine, entry in self._one_shard(self.urls[order[place]], place, turn):
+                is_image = not isinstance(entry.data, BadImage)
+                found, given = found + is_image, given + (is_image and mine)
+                if mine:
+                    yield entry
+            self._finish(turn)
+        complete = len(left) == len(self.urls) and not before
+        if complete and 0 < found < self.consumers and not given:
             raise DataError(f"{found} streamed images are too few for {self.consumers} readers: lower data.workers")
 
-    def _read_shards(self, urls: list[str]) -> Iterator[StreamedEntry]:
-        from webdataset import tariterators  # only where something is streamed: it brings its own start-up time
+    def _one_shard(self, url: str, place: int, turn: int) -> Iterator[tuple[bool, StreamedEntry]]:
+        """A shard's images and failures, and whether they are this consumer's."""
+        # Counted from another consumer in each shard, so that shards of one image are not all the same one's.
+        first = place * self.consumers // len(self.urls)
+        found, failure = 0, ""
+        for key, data in read_shard(url, self.patience):
+            entry = StreamedEntry(data, url, key, turn)
+            if isinstance(data, BadImage):
+                failure = str(data)
+                yield True, entry
+                continue
+            mine = self.deal.by_shard or (first + found) % self.consumers == self.consumer
+            found += 1
+            self._inside[turn] += mine
+            yield mine, entry
+        self._barren = set() if found else self._barren | {url}
+        if len(self._barren) >= min(len(set(self.urls)), BARREN):
+            raise DataError(f"no image in any of {len(self._barren)} streamed shards, as {url}. {failure}")
 
-        failures: list[BadImage] = []
 
-        def note(error: Exception) -> bool:
-            failures.append(BadImage("unreachable", " ".join(str(part) for part in error.args)))
-            return True  # go on with the next shard
+def read_shard(url: str, patience: Patience) -> Iterator[tuple[str, bytes | BadImage]]:
+    """(key, image) of each sample of a tar, and what was refused or broke off as (member or nothing, reason)."""
+    from webdataset.tariterators import group_by_keys  # only where something is streamed: it is slow to import
 
-        for url in urls:
-            for sample in tariterators.tarfile_samples([{"url": url}], handler=note):
-                image = _image_of(sample)
-                if image is not None:
-                    yield StreamedEntry(image, url, sample["__key__"])
-            yield from (StreamedEntry(failure, url, "") for failure in failures)
-            failures.clear()
+    refused: list[tuple[str, bytes | BadImage]] = []
+
+    def note(error: Exception) -> bool:
+        refused.append(("", BadImage("unreadable", str(error.args[0]))))
+        return True  # go on with the next member
+
+    for sample in group_by_keys(_members(url, patience, refused), handler=note):
+        image = _image_of(sample)
+        if image is not None:
+            yield sample["__key__"], image
+        yield from refused
+        refused.clear()
+    yield from refused
+
+
+def _members(url: str, patience: Patience, refused: list[tuple[str, bytes | BadImage]]) -> Iterator[dict[str, Any]]:
+    """The regular files of a tar; what comes before a break is kept."""
+    stream = None
+    try:
+        stream = open_remote(url, patience)
+        with tarfile.open(fileobj=stream, mode="r|*", bufsize=READ_BYTES) as tar:  # type: ignore[call-overload]
+            for member in tar:
+                tar.members = []  # or every header would be kept
+                if not member.isreg():
+                    continue
+                if not is_safe(member.name):
+                    refused.append((member.name, BadImage("unsafe-path", "it leads out of its folder")))
+                    continue
+                file = tar.extractfile(member)
+                assert file is not None
+                yield {"fname": member.name, "data": file.read(), "__url__": url}
+    except (
+        Exception
+    ) as error:  # of the network, of tarfile, of decompressors, of a scheme that webdataset does not know
+        text = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        refused.append(("", BadImage("unreachable", text)))
+    finally:
+        if stream is not None:
+            stream.close()
+
+
+def is_safe(name: str) -> bool:
+    """Whether a member's path stays below the folder that a tar would be unpacked in."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
 
 
 def _image_of(sample: dict[str, Any]) -> bytes | None:

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from dinoreg.data.labelled import LabelledImages
-from dinoreg.data.loader import worker_context
 from dinoreg.data.photometric import PhotometricConfig
+from dinoreg.data.workers import start_worker, worker_context
 from dinoreg.models.knn import knn_classify
 from dinoreg.models.vit import ModelConfig, VisionTransformer
 from dinoreg.parallel.mesh import Ranks
@@ -67,7 +67,14 @@ class KnnMonitor:
         mine = list(range(self.ranks.rank, total, self.ranks.world))
         workers = min(8, len(os.sched_getaffinity(0)) // self.ranks.local_world) if total >= WORTH_WORKERS else 0
         context = worker_context() if workers else None
-        loader = DataLoader(Subset(images, mine), BATCH, num_workers=workers, multiprocessing_context=context)
+        loader = DataLoader(
+            Subset(images, mine),
+            BATCH,
+            num_workers=workers,
+            multiprocessing_context=context,
+            worker_init_fn=start_worker,
+            generator=torch.Generator(),  # or it would take a number from that of the training run
+        )
         features = torch.zeros(share, backbone.embed_dim, device=self.ranks.device)
         labels = torch.full((share,), -1, device=self.ranks.device)
         done, reported = 0, time.monotonic()
