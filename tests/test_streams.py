@@ -12,7 +12,7 @@ import pytest
 from test_data_sources import write_shards, write_tar
 
 from dinoreg.data.images import REASONS, BadImage, DataError
-from dinoreg.data.remote import Patience, open_remote
+from dinoreg.data.remote import Command, Patience, open_remote
 from dinoreg.data.sources import DataConfig, Reader, open_sources
 from dinoreg.data.streams import Stream, is_safe, read_shard
 
@@ -173,7 +173,7 @@ def test_commands_of_webdataset_are_watched_too(tmp_path, monkeypatch) -> None:
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     stream = open_remote("gs://bucket/x.tar", SOON)
-    assert stream.read(100) == b"hello"
+    assert isinstance(stream, Command) and stream.read_some(100) == b"hello"
     with pytest.raises(OSError, match=r"gs://bucket/x\.tar: no byte for 0\.5 s"):
         stream.read(100)
     assert not running("sleep 1234.25")
@@ -181,3 +181,10 @@ def test_commands_of_webdataset_are_watched_too(tmp_path, monkeypatch) -> None:
 
 def test_a_scheme_that_nobody_knows_is_one_line() -> None:
     assert "no gopen handler" in failure("ftp://host/x.tar")
+
+
+def test_a_compressed_tar_that_trickles_in_is_recognised(tmp_path) -> None:
+    write_shards(tmp_path, [3])
+    (tmp_path / "s.tgz").write_bytes(gzip.compress((tmp_path / "s-000.tar").read_bytes()))
+    command = f"pipe:head -c 1 {tmp_path}/s.tgz; sleep 0.2; tail -c +2 {tmp_path}/s.tgz"
+    assert [data for _, data in read_shard(command, SOON)] == [b"0", b"1", b"2"]

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from dinoreg.data.workers import signals_blocked
 
 SKIP = 1 << 20  # bytes read at a time where those already given come again
+HEAD = 512  # bytes by which tarfile tells how a tar is compressed: they must come together
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,30 @@ class Patience:
 class ByteStream(Protocol):
     """What a tar is read from."""
 
-    def read(self, size: int = ..., /) -> bytes: ...
+    def read(self, size: int, /) -> bytes: ...
     def close(self) -> None: ...
+
+
+class Incoming:
+    """Bytes as they come: nothing that came before a break is held back."""
+
+    def read(self, size: int, /) -> bytes:
+        """Some bytes, at most `size`, none at the end. Raises OSError with one line for people."""
+        data = piece = self.read_some(size)
+        while piece and len(data) < min(size, HEAD):
+            piece = self.read_some(size - len(data))
+            data += piece
+        return data
+
+    def read_some(self, size: int) -> bytes:
+        raise NotImplementedError
 
 
 class Refused(OSError):
     """The server's answer will not change by asking again."""
 
 
-class RemoteFile:
+class RemoteFile(Incoming):
     """A file over http or https that can be read once, from its start.
 
     After a stall, a reset, a body that ends early, or status 408, 429 or 5xx it connects again and goes on where it
@@ -65,13 +81,13 @@ class RemoteFile:
         self._tried = 0
         self._answer: Any = None
 
-    def read(self, size: int = -1, /) -> bytes:
-        """Up to `size` bytes (1 MiB where negative), none at the end. Raises OSError with one line for people."""
+    def read_some(self, size: int) -> bytes:
+        """Up to `size` bytes, none at the end. Raises OSError."""
         while True:
             try:
                 if self._answer is None:
                     self._answer = self._connect()
-                data: bytes = self._answer.read(size if size >= 0 else SKIP)
+                data: bytes = self._answer.read1(size)
                 if not data and self._total is not None and self.given < self._total:
                     raise ConnectionError(f"the body ended after {self.given} of {self._total} bytes")
             except Refused:
@@ -182,7 +198,7 @@ def _reason(error: Exception, timeout: float) -> str:
     return text or type(cause).__name__
 
 
-class Command:
+class Command(Incoming):
     """What a command writes to its standard output. `owner` is kept alive, for it may wait for the command."""
 
     def __init__(self, name: str, process: subprocess.Popen[bytes], patience: Patience, owner: object = None) -> None:
@@ -192,12 +208,12 @@ class Command:
         self._ready = select.poll()  # not select.select, which knows no descriptors from 1024 on
         self._ready.register(self._out, select.POLLIN | select.POLLHUP)
 
-    def read(self, size: int = -1, /) -> bytes:
+    def read_some(self, size: int) -> bytes:
         """Up to `size` bytes, none at the end. Raises OSError when the command is silent too long, or has failed."""
         if not self._ready.poll(self.patience.timeout * 1000):
             self.close()
             raise OSError(f"{self.name}: no byte for {self.patience.timeout:g} s; its command was ended")
-        data = os.read(self._out.fileno(), size if size >= 0 else SKIP)
+        data = os.read(self._out.fileno(), size)
         if not data:
             self._check_exit()
         return data
@@ -226,7 +242,7 @@ class Command:
 
 def open_remote(url: str, patience: Patience) -> ByteStream:
     """The bytes of a URL, of a `pipe:` command or of a local file. Raises OSError or ValueError."""
-    from webdataset.gopen import Pipe, gopen, rewrite_url  # only where something is streamed: it brings its own start-up time
+    from webdataset.gopen import Pipe, gopen, rewrite_url  # here, for it brings its own start-up time
 
     url = rewrite_url(url)
     if url.startswith(("http://", "https://")):
