@@ -193,7 +193,7 @@ def test_a_saved_index_is_used_while_it_fits(tmp_path, monkeypatch) -> None:
     places = tarindex.scan(path).places
     tarindex.save_index(path, places)
     monkeypatch.setattr(tarindex, "scan", lambda _: pytest.fail("scanned in spite of an index"))
-    assert np.array_equal(tarindex.places_of([path])[0], places)
+    assert np.array_equal(next(tarindex.find_places([str(path)])), places)
     monkeypatch.undo()
     write_tar(path, {f"{n:05d}.jpg": b"x" * n for n in range(100, 109)})
     assert tarindex.load_index(path) is None

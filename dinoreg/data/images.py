@@ -27,7 +27,7 @@ REASONS = (
 )  # fmt: skip
 EXTENSIONS = frozenset(["jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jp2", "npy"])
 MAX_PIXELS = 2**27  # by the header, before anything is decoded: 134 megapixels, half a gigabyte as RGBX
-MAX_BYTES = 2**31 - 4096  # of one encoded image: what a single read gives on Linux
+MAX_BYTES = 2**31 - 8192  # of one encoded image: what a single read gives on Linux
 MAX_INFLATED = 2**28  # bytes that a part of a TIFF may grow to without being looked at first
 # Pillow knows more, but some of those start programs (EPS runs Ghostscript) and none of them holds photographs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")

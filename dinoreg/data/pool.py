@@ -6,7 +6,8 @@ import multiprocessing
 import os
 import queue
 import signal
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from dinoreg.data.images import DataError
+
+PATIENCE = 3.0  # seconds of work without a progress bar
+REFRESH = 0.2  # seconds between its pictures, at least
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -41,6 +45,22 @@ def run_jobs(
             else:
                 results[number] = event
     return [results[number] for number in range(len(jobs))]
+
+
+def watch(items: Iterable[Result], total: int, title: str) -> Iterator[Result]:
+    """The items, under a progress bar if they take longer than people wait without one."""
+    progress, due = _progress(quiet=False), time.monotonic() + PATIENCE
+    task = progress.add_task(title, total=total)
+    try:
+        for done, item in enumerate(items, 1):
+            yield item
+            if time.monotonic() >= due:
+                progress.start()
+                progress.update(task, completed=done)
+                due = time.monotonic() + REFRESH
+    finally:
+        if progress.live.is_started:
+            progress.stop()
 
 
 def _progress(quiet: bool) -> Progress:

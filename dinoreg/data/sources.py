@@ -18,6 +18,7 @@ from dinoreg.data.order import LEAST_SHARE, EpochOrder, Mixture
 from dinoreg.data.progress import Progress, ShardDone, deal_from
 from dinoreg.data.stored import Source, open_stored
 from dinoreg.data.streams import Stream, is_streamed
+from dinoreg.data.tables import digest
 
 
 @dataclass
@@ -76,6 +77,12 @@ class Collection:
             index = permute(index, len(source), make_key(order.key, epoch, which))
         return source, index
 
+    def identity(self) -> str:
+        """A digest of all that decides which image a place in the order means."""
+        chunks = np.concatenate([source.chunk_sizes() for source in self.sources])
+        names = [source.identity() for source in self.sources]
+        return digest(repr((names, self.window)).encode(), chunks)
+
     def pick(self, place: int) -> tuple[Source, int]:
         """The place-th sample in storage order."""
         for source in self.sources:
@@ -105,6 +112,22 @@ class Sources:
         """Images in one pass over everything."""
         sizes = [len(part) for part in self.parts if isinstance(part, Collection)]
         return sum(sizes) if len(sizes) == len(self.parts) else None
+
+    def fingerprint(self) -> str | None:
+        """Sixteen digits that differ where a sample number may mean another image; None if all can only be streamed.
+
+        Moving folders and shards, or copying them, changes nothing. Streams have no numbers and do not count.
+        """
+        parts = [part.identity() if isinstance(part, Collection) else "streamed" for part in self.parts]
+        if all(part == "streamed" for part in parts):
+            return None
+        return digest(repr((parts, self.weights)).encode())[:16]
+
+    def check_here(self) -> None:
+        """Raises ConfigError where this machine sees other files than the process that opened these sources."""
+        for part in self.parts:
+            for source in part.sources if isinstance(part, Collection) else ():
+                source.check_here()
 
 
 class Entry(Protocol):
@@ -176,8 +199,12 @@ class Reader:
         return StoredEntry(*part.at(order, turn))
 
 
-def open_sources(cfg: DataConfig) -> Sources:
-    """Lists folders and indexes shards. Raises ConfigError where there is nothing, or nothing usable, to read."""
+def open_sources(cfg: DataConfig, cache: Path | None = None) -> Sources:
+    """Lists folders and indexes shards. Raises ConfigError where there is nothing, or nothing usable, to read.
+
+    cache: a folder of the run in which what was found is kept. The sources can then be sent to all other processes of
+    the run, which map those files and look at no shard, and the next start with the same shards scans none.
+    """
     entries = [cfg.sources] if isinstance(cfg.sources, str) else list(cfg.sources)
     if not entries:
         raise ConfigError(
@@ -185,13 +212,13 @@ def open_sources(cfg: DataConfig) -> Sources:
         )
     weighted = [entry for entry in entries if not isinstance(entry, str)]
     if not weighted:
-        return Sources(_collect(entries, cfg), [1.0])
+        return Sources(_collect(entries, cfg, cache), [1.0])
     if len(weighted) < len(entries):
         raise ConfigError("either every source has a weight or none", "data.sources")
     paths, weights = zip(*(_weighted(entry) for entry in weighted), strict=True)
-    if min(weights) < LEAST_SHARE * sum(weights):
+    if not min(weights) >= LEAST_SHARE * sum(weights):  # nor is NaN
         raise ConfigError(f"every weight must be at least {LEAST_SHARE} of their sum", "data.sources")
-    return Sources([part for path in paths for part in _collect(path, cfg)], weights)
+    return Sources([part for path in paths for part in _collect(path, cfg, cache)], weights)
 
 
 def _weighted(entry: Any) -> tuple[list[str], float]:
@@ -207,7 +234,7 @@ def _weighted(entry: Any) -> tuple[list[str], float]:
     return [paths] if isinstance(paths, str) else list(paths), weight
 
 
-def _collect(paths: Sequence[str], cfg: DataConfig) -> list[Collection | Streamed]:
+def _collect(paths: Sequence[str], cfg: DataConfig, cache: Path | None) -> list[Collection | Streamed]:
     """One part of all the paths."""
     expanded = [name for path in paths for name in expand(path)]
     urls = [name for name in expanded if is_streamed(name)]
@@ -216,7 +243,7 @@ def _collect(paths: Sequence[str], cfg: DataConfig) -> list[Collection | Streame
         raise ConfigError(f"give each source a weight: {urls[0]} is streamed and {other} is not", "data.sources")
     if urls:
         return [Streamed(urls, cfg.stream_buffer)]
-    return [Collection(open_stored(expanded), cfg.shuffle_window)]
+    return [Collection(open_stored(expanded, cache), cfg.shuffle_window)]
 
 
 def expand(path: str) -> list[str]:
@@ -225,10 +252,13 @@ def expand(path: str) -> list[str]:
         return list(braceexpand(path))
     found: list[str] = []
     for name in braceexpand(str(Path(path).expanduser())):
+        if name.endswith(".tar") and not glob.has_magic(name):
+            found.append(name)  # one of 100,000, perhaps: they are looked at together
+            continue
         matches = sorted(glob.glob(name)) if glob.has_magic(name) else [name]  # noqa: PTH207 (absolute patterns)
         if not matches or not Path(matches[0]).exists():
             raise ConfigError(f"no such file or folder: {name}", "data.sources")
-        found += [shard for match in matches for shard in _shards_in(match)]
+        found += [shard for match in matches for shard in ([match] if match.endswith(".tar") else _shards_in(match))]
     return found
 
 

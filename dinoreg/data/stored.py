@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import os
+import socket
+import stat
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from dinoreg.config import ConfigError
 from dinoreg.data import tarindex
+from dinoreg.data.catalog import catalogue, stamp
 from dinoreg.data.images import EXTENSIONS, MAX_BYTES, BadImage
+from dinoreg.data.tables import digest, keep, pack_names, unpack_name
+from dinoreg.data.tarindex import BLOCK
 
 FOLDER_CHUNK = 1024  # files that count as one shard in the order; they are drawn from the whole folder
 OPEN_SHARDS = 64  # file descriptors a process keeps
+FOREIGN_INDEX = "the index beside the shard is of another one: remove it"
+PROBES = 16  # shards by which a machine tells whether it sees the same files as the main process
 
 
 class Source(Protocol):
@@ -28,26 +34,31 @@ class Source(Protocol):
     def __len__(self) -> int: ...
     def sizes(self) -> NDArray[np.int64]: ...
     def chunk_sizes(self) -> NDArray[np.int64]: ...
+    def identity(self) -> str: ...
+    def check_here(self) -> None: ...
     def locate(self, index: int) -> tuple[str, str]: ...
     def read(self, index: int) -> bytes: ...
 
 
 class Folder:
-    """Every image file below a folder, at any depth, through links; names in one block of bytes (40 MB a million)."""
+    """Every image file below a folder, at any depth, through links; names in one block of bytes (40 MB a million).
+
+    cache: a folder in which the names are kept for the other processes of the run; the next run looks again.
+    """
 
     scattered = True
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, cache: Path | None = None) -> None:
         self.root = str(root)
-        names = [os.fsencode(name) for name in _walk_images(self.root)]
-        self._names = torch.frombuffer(bytearray(b"".join(names) or b"\0"), dtype=torch.uint8)
-        self._ends = torch.from_numpy(np.cumsum([len(name) for name in names], dtype=np.int64))
+        names, ends = pack_names(_walk_images(self.root))
+        path = cache / f"folder-{digest(self.root.encode())[:16]}.tables" if cache else None
+        self._tables = keep({"names": names, "ends": ends}, path)
 
     def __str__(self) -> str:
         return self.root
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._tables["ends"])
 
     def sizes(self) -> NDArray[np.int64]:
         """Bytes of each file, 0 where a link leads nowhere."""
@@ -58,10 +69,16 @@ class Folder:
         full, rest = divmod(len(self), FOLDER_CHUNK)
         return np.array([FOLDER_CHUNK] * full + [rest] * (rest > 0), dtype=np.int64)
 
+    def identity(self) -> str:
+        """A digest of the names in their order: as long as it is the same, so is what an index means."""
+        return digest(self._tables["ends"], self._tables["names"])
+
+    def check_here(self) -> None:
+        """A folder is looked at file by file."""
+
     def name(self, index: int) -> str:
         """The path of a file, relative to the folder."""
-        start = int(self._ends[index - 1]) if index else 0
-        return os.fsdecode(self._names[start : int(self._ends[index])].numpy().tobytes())
+        return unpack_name(self._tables, index)
 
     def locate(self, index: int) -> tuple[str, str]:
         """(folder, name)."""
@@ -70,10 +87,14 @@ class Folder:
     def read(self, index: int) -> bytes:
         """Raises BadImage when the file has gone."""
         try:
-            with open(f"{self.root}/{self.name(index)}", "rb") as file:  # noqa: PTH123
-                size = os.fstat(file.fileno()).st_size
-                if size > MAX_BYTES:
-                    raise BadImage("too-large", f"{size} bytes")
+            # Opening a pipe that somebody named like an image would wait for ever.
+            descriptor = os.open(f"{self.root}/{self.name(index)}", os.O_RDONLY | os.O_NONBLOCK)
+            with open(descriptor, "rb") as file:  # noqa: PTH123
+                status = os.fstat(descriptor)
+                if not stat.S_ISREG(status.st_mode):
+                    raise BadImage("not-an-image", "no plain file")
+                if status.st_size > MAX_BYTES:
+                    raise BadImage("too-large", f"{status.st_size} bytes")
                 return file.read()
         except OSError as error:
             raise BadImage("missing", str(error)) from error
@@ -105,24 +126,23 @@ def _walk_images(root: str) -> Iterator[str]:
 
 
 class Shards:
-    """Images in local, uncompressed tar files, read at their offsets (24 bytes of memory a sample)."""
+    """Images in local, uncompressed tar files, read at their offsets (24 bytes of memory a sample).
+
+    cache: see `catalogue`. Raises ValueError and OSError, in one line.
+    """
 
     scattered = False
 
-    def __init__(self, tars: Sequence[Path]) -> None:
-        self.tars = [str(tar) for tar in tars]
-        places = tarindex.places_of(list(tars))
-        self._sizes = np.array([len(table) for table in places], dtype=np.int64)
-        self._ends = np.cumsum(self._sizes)
-        # A tensor, because torch hands those to worker processes in shared memory.
-        self._places = torch.from_numpy(np.concatenate(places))
+    def __init__(self, tars: Sequence[str | Path], cache: Path | None = None) -> None:
+        self._tables = catalogue([str(tar) for tar in tars], cache)
         self._open: OrderedDict[int, int] = OrderedDict()
 
     def __str__(self) -> str:
-        return self.tars[0] if len(self.tars) == 1 else f"{self.tars[0]} and {len(self.tars) - 1} more"
+        count = len(self._tables["ends"])
+        return self._tar(0) if count == 1 else f"{self._tar(0)} and {count - 1} more"
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._tables["places"])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}
@@ -131,16 +151,51 @@ class Shards:
         for descriptor in getattr(self, "_open", {}).values():
             os.close(descriptor)
 
+    @property
+    def tars(self) -> list[str]:
+        """The names of all shards."""
+        return [self._tar(shard) for shard in range(len(self._tables["ends"]))]
+
+    def _tar(self, shard: int) -> str:
+        return unpack_name(self._tables, shard)
+
     def sizes(self) -> NDArray[np.int64]:
         """Bytes of each image."""
-        return self._places[:, 1].numpy()
+        return self._tables["places"][:, 1]
 
     def chunk_sizes(self) -> NDArray[np.int64]:
         """Samples in each tar."""
-        return self._sizes
+        return np.diff(self._tables["rows"], prepend=0)
+
+    def identity(self) -> str:
+        """A digest of the shards' names (as seen from their common folder), sizes and numbers of samples.
+
+        As long as it is the same, so is what an index means; moving the shards or copying them changes nothing.
+        """
+        relative = pack_names(_below_common_folder(self.tars))
+        return digest(*relative, self._tables["stamps"][:, 0], self._tables["rows"])
+
+    def check_here(self) -> None:
+        """Raises ConfigError where this machine sees other files under the names, as copies on its own disk may be."""
+        count = len(self._tables["ends"])
+        for shard in np.unique(np.linspace(0, count - 1, min(count, PROBES)).astype(int)).tolist():
+            try:
+                seen = stamp(os.stat(self._tar(shard)), self._tar(shard))  # noqa: PTH116
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"not to be read on {socket.gethostname()}: {error}", "data.sources") from error
+            if seen != self._stamp(shard):
+                raise ConfigError(
+                    f"{self._tar(shard)} on {socket.gethostname()} is not the file that the main process sees: copies "
+                    "need the same size and time of change (cp -p, rsync -a)",
+                    "data.sources",
+                )
+
+    def _stamp(self, shard: int) -> tuple[int, int]:
+        size, changed = self._tables["stamps"][shard].tolist()
+        return size, changed
 
     def _shard(self, index: int) -> int:
-        return int(np.searchsorted(self._ends, index, side="right"))
+        return int(np.searchsorted(self._tables["rows"], index, side="right"))
 
     def _descriptor(self, shard: int) -> int:
         if shard in self._open:
@@ -148,47 +203,82 @@ class Shards:
             return self._open[shard]
         if len(self._open) >= OPEN_SHARDS:
             os.close(self._open.popitem(last=False)[1])
-        self._open[shard] = os.open(self.tars[shard], os.O_RDONLY)
+        self._open[shard] = os.open(self._tar(shard), os.O_RDONLY | os.O_NONBLOCK)
         return self._open[shard]
 
     def locate(self, index: int) -> tuple[str, str]:
         """(tar, member)."""
         shard = self._shard(index)
         try:
-            return self.tars[shard], tarindex.member_name(self._descriptor(shard), int(self._places[index, 0]))
+            offset = int(self._tables["places"][index, 0])
+            return self._tar(shard), tarindex.member_name(self._descriptor(shard), offset)
         except OSError:
-            return self.tars[shard], f"sample {index}"
+            return self._tar(shard), f"sample {index}"
 
     def read(self, index: int) -> bytes:
-        """Raises BadImage when the shard has gone or was cut after it was indexed."""
+        """Raises BadImage when the shard has gone, was cut or was written anew since the run opened it."""
         shard = self._shard(index)
-        offset, size, _ = self._places[index].tolist()
+        offset, size, _ = self._tables["places"][index].tolist()
+        if size > MAX_BYTES:
+            raise BadImage("too-large", f"{size} bytes")
+        if offset < BLOCK or size < 0:
+            raise BadImage("unreadable", FOREIGN_INDEX)
         try:
-            data = os.pread(self._descriptor(shard), size, offset)
+            descriptor = self._descriptor(shard)
+            data = os.pread(descriptor, BLOCK + size, offset - BLOCK)
+            status = os.fstat(descriptor)  # after reading, for it may be written at this moment
         except OSError as error:
             raise BadImage("missing", str(error)) from error
-        if len(data) < size:
+        if len(data) < BLOCK + size:
             raise BadImage("truncated", "the shard ends before the sample does")
-        return data
+        if (status.st_size, status.st_mtime_ns) != self._stamp(shard):
+            raise BadImage("changed", "the shard was written anew after the run had opened it")
+        _demand_member(data[:BLOCK], size)
+        return data[BLOCK:]
 
     def label(self, index: int) -> int | None:
-        """The class number in the sample's `cls` member, if it has one."""
-        offset = int(self._places[index, 2])
+        """The class number in the sample's `cls` member, if it has one. Raises ValueError where it is no number."""
+        offset = int(self._tables["places"][index, 2])
         if offset < 0:
             return None
         text = os.pread(self._descriptor(self._shard(index)), 20, offset).split(b"\0", 1)[0]
-        return int(text)
+        try:
+            return int(text)
+        except ValueError:
+            where, member = self.locate(index)
+            raise ValueError(f"the label of {member} in {where} is no number: {text!r}") from None
 
 
-def open_stored(names: Sequence[str]) -> list[Source]:
-    """Sources of folders and uncompressed tars. Raises ConfigError."""
-    tars = [Path(name) for name in names if not Path(name).is_dir()]
-    for tar in tars:
-        if tar.suffix != ".tar":
-            raise ConfigError(f"{tar} is neither a folder nor a .tar file", "data.sources")
-    sources: list[Source] = [Folder(Path(name)) for name in names if Path(name).is_dir()]
+def _below_common_folder(names: Sequence[str]) -> Iterator[str]:
+    parts = [name.rpartition("/") for name in names]
+    folders = {folder + slash: os.path.abspath(folder + slash) for folder, slash, _ in parts}  # noqa: PTH100
+    common = os.path.commonpath(list(folders.values()))
+    relative = {folder: os.path.relpath(where, common) for folder, where in folders.items()}
+    return (f"{relative[folder + slash]}/{base}" for folder, slash, base in parts)
+
+
+def _demand_member(header: bytes, size: int) -> None:
+    """An index may have been made by anybody, and says nothing of names. Raises BadImage."""
     try:
-        sources += [Shards(tars)] if tars else []
+        name = tarindex.member_before(header, size)
+    except ValueError as error:
+        raise BadImage("unreadable", FOREIGN_INDEX) from error
+    if not tarindex.is_safe(name):
+        raise BadImage("unsafe-path", name)
+
+
+def open_stored(names: Sequence[str], cache: Path | None = None) -> list[Source]:
+    """Sources of folders and uncompressed tars. cache: a folder for what is found in them. Raises ConfigError."""
+    tars = [name for name in names if name.endswith(".tar")]  # 100,000 names are looked at later, many at a time
+    folders = [Path(name) for name in names if not name.endswith(".tar")]
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError(f"{folder} is neither a folder nor a .tar file", "data.sources")
+    try:
+        sources: list[Source] = [Folder(folder, cache) for folder in folders]
+        sources += [Shards(tars, cache)] if tars else []
+    except FileNotFoundError as error:
+        raise ConfigError(f"no such file or folder: {error.filename}", "data.sources") from error
     except (ValueError, OSError) as error:
         raise ConfigError(str(error), "data.sources") from error
     for source in sources:
