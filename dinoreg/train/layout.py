@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint import DefaultSavePlanner
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -93,7 +93,7 @@ def lay_out(config: RunConfig, mode: str, world: int, local_world: int) -> tuple
     for rank in [0, world - 1] if _shards(mode, world, local_world) > 1 else [0]:
         with pretended(rank, world, local_world) as ranks:
             objective = build(config, mode, ranks)
-            looks.append((_units(objective), _share(objective), _save_plan(objective, config, rank)))
+            looks.append((_units(objective), _share(objective), save_plan(objective, config, rank)))
     (units, first, plan), (_, last, other) = looks[0], looks[-1]
     shards = _shards(mode, world, local_world)
     layout = Layout(mode, shards, world // shards, units, first, last)
@@ -184,7 +184,7 @@ def _local_bytes(tensors: Iterable[Tensor]) -> int:
 # -- checkpoint ------------------------------------------------------------------------------------------------------
 
 
-def _save_plan(objective: SelfDistillation, config: RunConfig, rank: int) -> SavePlan:
+def save_plan(objective: SelfDistillation, config: RunConfig, rank: int) -> SavePlan:
     """What this rank would offer to write, by DCP's own planner."""
     optimizer = Optimizer(objective.student, config.optim)
     for group in optimizer.adamw.param_groups:
@@ -232,10 +232,10 @@ def deal_pieces(items: Sequence[WriteItem], replicas: int) -> list[list[WriteIte
 def _pieces(item: WriteItem, shards: int) -> int:
     """Into how many the tensor of the first rank's piece is cut; ranks that got nothing of it share one empty piece."""
     data = item.tensor_data
-    if data is None or not data.size or not data.chunk.sizes[0]:
+    if data is None or item.type is not WriteItemType.SHARD:
         return 1
     filled = math.ceil(data.size[0] / data.chunk.sizes[0])
-    return filled + (filled < shards and data.chunk.sizes != data.size)
+    return filled + (filled < shards)
 
 
 def _bytes(item: WriteItem) -> int:

@@ -240,8 +240,8 @@ def _dealt(dealt: Split, config: RunConfig) -> Iterator[tuple[str, str]]:
     fewest, most = dealt.images
     steps = dealt.samples / config.train.batch_size
     yield "a pass", f"{dealt.samples:,} images, {steps:,.1f} steps, {fewest:,} to {most:,} images a rank"
-    once = "each exactly once" if dealt.looked_at == dealt.samples else "none before its turn"
-    drawn = "all" if dealt.looked_at == dealt.samples else f"the first {dealt.looked_at:,}"
+    once = "each exactly once" if dealt.drawn == dealt.samples else "none twice"
+    drawn = "all" if dealt.drawn == dealt.samples else f"the first {dealt.drawn:,}"
     yield "its order", f"{drawn} drawn: {once if dealt.once else '[red]some come twice[/]'}"
     if dealt.shards:
         yield "shards", f"{dealt.shards:,}, of which {dealt.open_at_once} are read at a time, by all ranks"

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dinoreg.data.sources import Collection, Reader, Sources, StoredEntry
-from dinoreg.data.stored import Folder, Source
+from dinoreg.data.order import EpochOrder
+from dinoreg.data.sources import Collection, Reader, Sources
 from dinoreg.train.recipe import RunConfig
 
 LOOK = 100_000  # samples of the order that are drawn, a few seconds' worth
@@ -16,58 +16,46 @@ LOOK = 100_000  # samples of the order that are drawn, a few seconds' worth
 
 @dataclass(frozen=True)
 class Split:
-    """Of one pass over the sources. The order is drawn for the first `looked_at` samples only."""
+    """Of one pass over the sources. Of the order only the first `drawn` samples of the passes are looked at."""
 
     samples: int
     shards: int  # tars, 0 for folders alone
     open_at_once: int  # of these, by all ranks together
-    looked_at: int
-    once: bool  # no sample came again before every other one had come
+    drawn: int
+    once: bool  # none of them came twice
     images: tuple[int, int]  # of a pass, of the rank with fewest and with most
-    read: tuple[int, int] | None  # bytes in the steps looked at; None where files would have to be asked one by one
+    read: tuple[int, int] | None  # bytes in the steps drawn; None where files would have to be asked one by one
 
 
 def split(sources: Sources, config: RunConfig, world: int) -> Split | None:
-    """None for streams, which are dealt by whole shards and have no order to look at."""
+    """None for streams, which are dealt by whole shards and have no order to look at.
+
+    Sources with weights have passes of their own, each looked at by itself.
+    """
     total = sources.num_samples
     if total is None:
         return None
     parts = [part for part in sources.parts if isinstance(part, Collection)]
-    stored = [source for part in parts for source in part.sources]
-    tars = sum(len(source.chunk_sizes()) for source in stored if not isinstance(source, Folder))
-    numbers = min(total, LOOK)
-    places = _draw(sources, stored, config.seed, numbers)
+    tars = [len(source.chunk_sizes()) for part in parts for source in part.sources if not source.scattered]
+    orders = Reader(sources, config.seed).orders  # those of training
+    places = [_draw(part, order, LOOK // len(parts)) for part, order in zip(parts, orders, strict=True)]
     return Split(
         samples=total,
-        shards=tars,
-        open_at_once=min(tars, config.data.shuffle_window * len(parts)),
-        looked_at=numbers,
-        once=all(_came_once(part, stored, places) for part in parts),
+        shards=sum(tars),
+        open_at_once=min(sum(tars), config.data.shuffle_window * len(parts)),
+        drawn=sum(map(len, places)),
+        once=all(len(np.unique(drawn, axis=0)) == len(drawn) for drawn in places),
         images=_images(total, config.train.batch_size, world),
-        read=_bytes(stored, places, config.train.batch_size, world),
+        read=_bytes(parts[0], places[0], config.train.batch_size, world) if len(parts) == 1 else None,
     )
 
 
-def _draw(sources: Sources, stored: list[Source], seed: int, numbers: int) -> NDArray[np.int64]:
-    """(numbers, 2): which of the stored sources, and the index in it, by the reader that training uses."""
-    reader, which = Reader(sources, seed), {id(source): place for place, source in enumerate(stored)}
-    places = np.empty((numbers, 2), dtype=np.int64)
-    for number in range(numbers):
-        entry = reader.entry(number)
-        assert isinstance(entry, StoredEntry)
-        places[number] = which[id(entry.source)], entry.index
-    return places
-
-
-def _came_once(part: Collection, stored: list[Source], places: NDArray[np.int64]) -> bool:
-    """Whether no sample of a part came twice while another had yet to come once, in all its passes."""
-    counts = [
-        np.bincount(places[places[:, 0] == which, 1], minlength=len(source))
-        for which, source in enumerate(stored)
-        if any(source is own for own in part.sources)
-    ]
-    each = np.concatenate(counts)
-    return int(each.max() - each.min()) <= 1
+def _draw(part: Collection, order: object, most: int) -> NDArray[np.int64]:
+    """(n, 2): which of the part's sources, and the index in it, for the beginning of its first pass."""
+    assert isinstance(order, EpochOrder)
+    which = {id(source): place for place, source in enumerate(part.sources)}
+    found = (part.at(order, turn) for turn in range(min(len(part), most)))
+    return np.array([(which[id(source)], index) for source, index in found], dtype=np.int64)
 
 
 def _images(total: int, batch: int, world: int) -> tuple[int, int]:
@@ -78,12 +66,12 @@ def _images(total: int, batch: int, world: int) -> tuple[int, int]:
     return shares[0], shares[1]
 
 
-def _bytes(stored: list[Source], places: NDArray[np.int64], batch: int, world: int) -> tuple[int, int] | None:
+def _bytes(part: Collection, places: NDArray[np.int64], batch: int, world: int) -> tuple[int, int] | None:
     steps = len(places) // batch
-    if any(isinstance(source, Folder) for source in stored) or not steps:
+    if any(source.scattered for source in part.sources) or not steps:
         return None
     read = np.empty(len(places), dtype=np.int64)
-    for which, source in enumerate(stored):
+    for which, source in enumerate(part.sources):
         mine = places[:, 0] == which
         read[mine] = source.sizes()[places[mine, 1]]
     by_rank = read[: steps * batch].reshape(steps, world, -1).sum((0, 2))
