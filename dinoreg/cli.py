@@ -27,6 +27,7 @@ Pretrain vision transformers with registers, and look at what came out.
   data check     count, measure and show what is in a folder or in shards
   look           draw attention, PCA and norm maps of a backbone for some images
   doctor         say in words what is wrong with a run
+  replay         do a step again that was not finite, and say where it broke
 
   dinoreg COMMAND --help explains each, with examples.
 """
@@ -75,6 +76,12 @@ def train(words: Sequence[str]) -> int:
           torchrun --nproc-per-node 8 -m dinoreg train own_images_8gpu data.sources=/my/images
           srun dinoreg train vitl16_short_in1k data.sources=/data/imagenet1k
 
+        exit codes:
+          0   finished
+          2   a mistake, told in one line
+          75  stopped by SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C or train.time_limit, and saved: the same command goes on
+          76  another process died or hangs, told in one line; start all again
+
         Every option with its default and its meaning: the dataclasses that dinoreg/train/recipe.py puts together.""",
     )
     parser.add_argument(
@@ -92,9 +99,15 @@ def train(words: Sequence[str]) -> int:
         _print_plan(config, cluster)
         return 0
     _require_sources(config.data.sources)
+    from dinoreg.train.stopping import EXIT_STOPPED, Stopped
     from dinoreg.train.trainer import train as run
 
-    run(config)
+    try:
+        run(config)
+    except Stopped as stopped:
+        if _is_first_process():
+            print(f"dinoreg: {stopped}", file=sys.stderr)
+        return EXIT_STOPPED
     return 0
 
 
@@ -203,6 +216,26 @@ def doctor(words: Sequence[str]) -> int:
     return 1 if findings else 0
 
 
+def replay(words: Sequence[str]) -> int:
+    """`dinoreg replay`."""
+    parser = _parser(
+        "replay",
+        "Do the first step again of those that made a run give up, from the state before it, and say which images,\n"
+        "losses, modules and gradients are not finite. Writes report.json and a picture of the crops beside it.",
+        """\
+        examples:
+          dinoreg replay runs/mine/faults/step_00001234
+          dinoreg replay runs/mine/faults/step_00001234 train.precision=fp32      does it happen there too?""",
+    )
+    parser.add_argument("folder", metavar="FAULT", type=Path, help="what the run left: run_dir/faults/step_...")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that differ from the run's")
+    asked = parser.parse_intermixed_args(words)
+
+    from dinoreg.train.replay import replay as run
+
+    return run(asked.folder, asked.overrides)
+
+
 def demo(words: Sequence[str]) -> int:
     """`dinoreg demo`."""
     from dinoreg import demo as module
@@ -226,6 +259,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "data check": data_check,
     "look": look,
     "doctor": doctor,
+    "replay": replay,
 }
 
 
@@ -250,6 +284,11 @@ def _require_sources(sources: Sequence[object]) -> None:
 
     if not sources:
         raise ConfigError("no images: give a folder, shards or URLs, as in data.sources=/my/images", key="data.sources")
+
+
+def _is_first_process() -> bool:
+    """Whether this process speaks for all of its launch."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def _is_for_users(error: Exception) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import time
 from pathlib import Path
 
 import pytest
 
 from dinoreg.train import tracking
-from dinoreg.train.tracking import Tracker, TrackingConfig, read_metrics
+from dinoreg.train.tracking import Tracker, TrackingConfig, known_run_id, read_metrics
 
 
 @pytest.fixture(autouse=True)
@@ -133,3 +134,47 @@ def _png(folder: Path) -> Path:
     path = folder / "picture.png"
     Image.new("RGB", (8, 8), "red").save(path)
     return path
+
+
+def test_lines_without_room_on_the_disk_wait_for_it(tmp_path: Path) -> None:
+    said: list[str] = []
+    tracker = Tracker(TrackingConfig(), tmp_path, {}, say=said.append)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    tracker.log(1, {"loss/total": 1.0})
+    try:
+        # Room for half a line more: what Linux does on a full disk too is to write a part of it.
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + 12, hard))
+        tracker.log(2, {"loss/total": 2.0})
+        tracker.log(3, {"loss/total": 3.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(said) == 1 and "metrics.jsonl" in said[0] and "wait until they can be written" in said[0]
+    tracker.log(4, {"loss/total": 4.0})
+    tracker.close()
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_trouble_with_wandb_ends_wandb_and_not_the_training(tmp_path: Path) -> None:
+    class Broken:
+        def log(self, content: object) -> None:
+            raise ConnectionError("the service is gone")
+
+        def finish(self, exit_code: int) -> None:
+            raise AssertionError("nobody should ask a broken service to finish")
+
+    said: list[str] = []
+    tracker = Tracker(TrackingConfig(), tmp_path, {}, say=said.append)
+    tracker._wandb = Broken()
+    tracker.log(1, {"loss/total": 1.0})
+    tracker.log(2, {"loss/total": 2.0})
+    tracker.close()
+    assert said == ["wandb: ended by ConnectionError: the service is gone; metrics still go to metrics.jsonl"]
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_checkpoint_knows_the_run_at_wandb(tmp_path: Path) -> None:
+    Tracker(TrackingConfig(wandb="offline"), tmp_path / "a", {}).close()
+    identity = known_run_id(tmp_path / "a")
+    assert identity is not None
+    Tracker(TrackingConfig(wandb="offline"), tmp_path / "b", {}, wandb_id=identity).close()
+    assert known_run_id(tmp_path / "b") == identity

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,12 +17,12 @@ from safetensors.torch import load_file
 from slurm_lab import SlurmLab, missing
 
 import dinoreg
-from dinoreg.config import load
-from dinoreg.objectives.self_distillation import SelfDistillation
+from dinoreg.config import ConfigError, load
 from dinoreg.parallel.mesh import Ranks
 from dinoreg.train.knn import KnnMonitor
 from dinoreg.train.pictures import look
 from dinoreg.train.recipe import RunConfig
+from dinoreg.train.replay import replay
 from dinoreg.train.trainer import train
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -173,14 +172,6 @@ def test_a_run_goes_on_from_its_last_checkpoint(
     assert [line["step"] for line in metrics(run_dir)] == [1, 2, 3, 4]
 
 
-def test_another_architecture_does_not_resume(images: Path, tmp_path: Path) -> None:
-    options = [f"data.sources={images}", f"run_dir={tmp_path / 'run'}", "train.steps=2"]
-    train(load(RunConfig, TINY, options))
-    for change in ("model.embed_dim=64", "model.depth=4", "model.num_registers=2"):
-        with pytest.raises(ValueError, match=r"cannot resume from .*step_00000002: .*give another run_dir"):
-            train(load(RunConfig, TINY, [*options, "train.steps=4", change]))
-
-
 def test_a_finished_run_is_left_alone(images: Path, baseline: tuple[Path, dict[str, torch.Tensor]]) -> None:
     before = (baseline[0] / "metrics.jsonl").read_text()
     run(images, baseline[0])
@@ -236,33 +227,6 @@ def test_pictures_and_metrics_reach_wandb_offline(images: Path, tmp_path: Path) 
     assert sent == {"crops", "attention"}
 
 
-def test_a_gradient_that_is_not_finite_is_never_saved(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The loss of the very step is still finite, but its update ruins the weights."""
-    original = SelfDistillation.forward_backward
-
-    def poisoned(self: SelfDistillation, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, *args, **kwargs)
-        next(self.student.parameters()).grad.fill_(torch.inf)
-        return result
-
-    monkeypatch.setattr(SelfDistillation, "forward_backward", poisoned)
-    cfg = load(RunConfig, TINY, [f"data.sources={images}", f"run_dir={tmp_path / 'run'}", "checkpoint.every=1"])
-    with pytest.raises(FloatingPointError, match="grad_norm/backbone of step 1 is"):
-        train(cfg)
-    assert not list((tmp_path / "run").glob("*/step_*"))
-
-
-def test_going_on_with_other_options_is_said(images: Path, tmp_path: Path) -> None:
-    options = [f"data.sources={images}", f"run_dir={tmp_path / 'run'}", "train.steps=2"]
-    train(load(RunConfig, TINY, options))
-    train(load(RunConfig, TINY, [*options, "train.steps=4", "optim.lr=0.002"]))
-    log = (tmp_path / "run" / "logs" / "rank0.log").read_text()
-    assert "careful: goes on with optim.lr=0.002, until now it was 0.001" in log
-    assert "goes on with train.steps=4, until now it was 2" in log
-
-
 def test_a_grey_model_is_looked_at_with_its_own_normalisation(images: Path, tmp_path: Path) -> None:
     grey = ["model.in_channels=1", "photometric.mean=[0.4]", "photometric.std=[0.3]", "train.steps=1"]
     weights = train(load(RunConfig, TINY, [f"data.sources={images}", f"run_dir={tmp_path / 'run'}", *grey]))
@@ -270,9 +234,82 @@ def test_a_grey_model_is_looked_at_with_its_own_normalisation(images: Path, tmp_
     assert look(weights, [images / "00.jpg"], tmp_path / "look.png").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(images: Path, tmp_path: Path) -> None:
-    cfg = load(
-        RunConfig, TINY, [f"data.sources={images}", f"run_dir={tmp_path / 'run'}", "optim.lr=1e20", "optim.clip=0"]
-    )
-    with pytest.raises(FloatingPointError, match="loss/total of step"):
-        train(cfg)
+def test_a_run_directory_is_not_taken_over_by_another_run(images: Path, tmp_path: Path) -> None:
+    options = [f"data.sources={images}", f"run_dir={tmp_path / 'run'}", "train.steps=2"]
+    train(load(RunConfig, TINY, options))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.suffix in (".yaml", ".jsonl")}
+    for change in ("model.depth=4", "train.steps=4", "optim.lr=0.002", "seed=1", "train.batch_size=4"):
+        key, _, value = change.partition("=")
+        with pytest.raises(ConfigError, match=rf"other options: {key}={value} \(was .*train.go_on_from="):
+            train(load(RunConfig, TINY, [*options, change]))
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_other_images_do_not_go_on_in_the_same_run(images: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "images"
+    shutil.copytree(images, mine)
+    options = [f"data.sources={mine}", f"run_dir={tmp_path / 'run'}", "train.steps=2", "checkpoint.every=1"]
+    train(load(RunConfig, TINY, options))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000002")
+    moved = mine.rename(tmp_path / "moved")
+    options[0] = f"data.sources={moved}"
+    (moved / "00.jpg").rename(moved / "xx.jpg")
+    with pytest.raises(ConfigError, match="these are other images"):
+        train(load(RunConfig, TINY, options))
+    (moved / "xx.jpg").rename(moved / "00.jpg")
+    train(load(RunConfig, TINY, options))  # from another place, but the same
+
+
+def test_a_new_run_goes_on_from_another_under_other_options(images: Path, tmp_path: Path) -> None:
+    options = [f"data.sources={images}", "train.steps=2"]
+    train(load(RunConfig, TINY, [*options, f"run_dir={tmp_path / 'old'}"]))
+    other = [f"run_dir={tmp_path / 'new'}", f"train.go_on_from={tmp_path / 'old'}", "train.steps=4", "optim.lr=0.002"]
+    train(load(RunConfig, TINY, [*options, *other]))
+    assert [line["step"] for line in metrics(tmp_path / "new")] == [3, 4]
+    assert [line["step"] for line in metrics(tmp_path / "old")] == [1, 2]
+    assert sorted(p.name for p in (tmp_path / "old" / "checkpoints").iterdir()) == ["step_00000002"]
+    other[0] = f"run_dir={tmp_path / 'newer'}"
+    with pytest.raises(ValueError, match=r"cannot resume from .*step_00000002: "):
+        train(load(RunConfig, TINY, [*options, *other, "model.depth=4"]))
+
+
+def test_a_batch_of_one_image_trains(images: Path, tmp_path: Path) -> None:
+    weights = run(images, tmp_path / "run", "train.batch_size=1")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    assert metrics(tmp_path / "run")[-1]["skipped/total"] == 0
+
+
+@pytest.fixture(scope="module")
+def fault(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run leaves whose weights the first step makes huge: every loss after it is infinite or worse."""
+    run_dir = tmp_path_factory.mktemp("fault") / "run"
+    options = ["optim.lr=1e20", "optim.clip=0", "train.max_skipped=2", "train.steps=9"]
+    with pytest.raises(FloatingPointError, match=r"2 steps in a row, from step 2 on, had no finite.*dinoreg replay"):
+        train(load(RunConfig, TINY, [f"data.sources={images}", f"run_dir={run_dir}", *options]))
+    assert not list((run_dir / "checkpoints").glob("step_00000003*"))
+    return run_dir / "faults" / "step_00000002"
+
+
+def test_a_run_gives_up_and_leaves_what_is_needed_to_see_why(fault: Path, images: Path) -> None:
+    told = json.loads((fault / "fault.json").read_text())
+    assert [step["step"] for step in told["steps"]] == [2, 3] and told["world"] == 1
+    rank = told["steps"][0]["ranks"][0]
+    assert len(rank["images"]) == 8 and all(name.startswith(str(images)) for name in rank["images"])
+    assert not np.isfinite(float(rank["metrics"]["loss/total"]))
+    assert [p.name for p in (fault / "checkpoints").iterdir()] == ["step_00000003"]
+
+
+def test_replay_says_where_a_step_broke(fault: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert replay(fault) == 1
+    out = capsys.readouterr().out
+    assert "step 2, the first of 2 in a row" in out and "first after student.backbone" in out and "all 8" in out
+    (report,) = json.loads((fault / "report.json").read_text())
+    told = json.loads((fault / "fault.json").read_text())["steps"][0]["ranks"][0]
+    assert str(report["losses"]["loss/total"]) == told["metrics"]["loss/total"]  # it happened again
+    assert report["modules"] and report["largest"][1] > 1e19 and set(report["images"]) == set(told["images"])
+    assert (fault / "crops.png").exists()
+
+
+def test_what_is_no_fault_is_not_replayed(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is no fault of a run"):
+        replay(tmp_path)

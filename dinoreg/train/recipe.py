@@ -34,6 +34,7 @@ class LoopConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     log_every: int = 10  # steps; the device is only waited for at these
     time_limit: str | None = None  # such as 3h50m: then the run saves and stops, to be started again
+    go_on_from: str | None = None  # another run, or one of its checkpoints, to go on from under these options
     max_skipped: int = 10  # steps in a row without a finite loss or gradient, after which the run gives up
 
     def check(self) -> None:
@@ -189,13 +190,10 @@ def _check_objective(config: RunConfig) -> None:
             f"batches of {batch}; raise one of them, or set objective.ibot.weight=0",
             key="masks.ratio",
         )
-    if objective.koleo.weight:
-        group = objective.koleo.group or batch
+    if objective.koleo.weight and objective.koleo.group:
+        group = objective.koleo.group
         if group < 2:
-            raise ConfigError(
-                f"1 image has no neighbours; train.batch_size is {batch}; or set objective.koleo.weight=0",
-                key="objective.koleo.group",
-            )
+            raise ConfigError("1 image has no neighbours; or set objective.koleo.weight=0", key="objective.koleo.group")
         if batch % group:
             raise ConfigError(f"{group} does not divide train.batch_size {batch}", key="objective.koleo.group")
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-from dinoreg.config import load, to_yaml
+from dinoreg.config import to_yaml
+from dinoreg.train.about import About
 from dinoreg.train.doctor import diagnose
 from dinoreg.train.progress import Progress
 from dinoreg.train.recipe import RunConfig
+from dinoreg.train.stopping import Stopped
 from dinoreg.train.tracking import Tracker
 
 logger = logging.getLogger("dinoreg")
@@ -20,27 +21,11 @@ logger = logging.getLogger("dinoreg")
 REMEMBERED = 500  # records that the doctor looks back on
 
 
-def changes(written: Path, cfg: RunConfig) -> list[str]:
-    """What differs between the configuration that a run was started with and the one that it goes on with."""
-    if not written.is_file():
-        return []
-    old, new = _flat(load(RunConfig, written)), _flat(cfg)
-    return [f"goes on with {key}={new[key]}, until now it was {old[key]}" for key in new if new[key] != old[key]]
-
-
-def _flat(part: Any, prefix: str = "") -> dict[str, Any]:
-    """Options by dotted key."""
-    if not is_dataclass(part):
-        return {prefix[:-1]: part}
-    return {k: v for f in fields(part) for k, v in _flat(getattr(part, f.name), f"{prefix}{f.name}.").items()}
-
-
 class Report:
     """Speaks on the main process and is silent on the others. A context manager, so that an error closes everything."""
 
-    def __init__(
-        self, cfg: RunConfig, total_steps: int, start_step: int, num_samples: int | None, speaks: bool
-    ) -> None:
+    def __init__(self, cfg: RunConfig, total_steps: int, start: About, num_samples: int | None, speaks: bool) -> None:
+        """start: what the checkpoint that the run goes on from says of it."""
         self.cfg, self.num_samples = cfg, num_samples
         self.history: deque[dict[str, float]] = deque(maxlen=REMEMBERED)
         self.found: set[str] = set()
@@ -49,8 +34,8 @@ class Report:
             run_dir = Path(cfg.run_dir)
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / "config.yaml").write_text(to_yaml(cfg))
-            self.tracker = Tracker(cfg.tracking, run_dir, asdict(cfg), start_step, say=logger.info)
-            self.progress = Progress(total_steps, start_step)
+            self.tracker = Tracker(cfg.tracking, run_dir, asdict(cfg), start.step, logger.info, start.wandb)
+            self.progress = Progress(total_steps, start.step)
 
     def __enter__(self) -> Report:
         return self
@@ -60,11 +45,7 @@ class Report:
     ) -> None:
         if self.tracker is not None and self.progress is not None:
             self.progress.close()
-            self.tracker.close(failed=kind is not None)
-            if kind is KeyboardInterrupt:
-                saved = sorted(Path(self.cfg.run_dir, "checkpoints").glob("step_????????"))
-                where = f"goes on from {saved[-1]}" if saved else "begins anew, for nothing was saved yet"
-                logger.warning(f"stopped; the same command {where}")
+            self.tracker.close(failed=kind not in (None, Stopped))
 
     def step_done(self, step: int) -> None:
         """Move the progress bar; cheap."""

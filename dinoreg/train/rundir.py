@@ -6,11 +6,14 @@ import fcntl
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from dinoreg.config import ConfigError, load
+from dinoreg.parallel.mesh import Ranks
 from dinoreg.train.recipe import RunConfig, is_free
 
 PATIENCE = 20.0  # seconds for the last job of a run to end, when the next is started at once
@@ -58,6 +61,31 @@ class RunLock:
         self._file.close()
 
 
+@contextmanager
+def claimed(cfg: RunConfig, ranks: Ranks) -> Iterator[None]:
+    """Hold the run directory, which must be free and this run's own. Only the main process looks; all end alike.
+
+    Raises ConfigError or OSError there; the others leave in silence with the same exit code.
+    """
+    run_dir, lock, trouble = Path(cfg.run_dir), None, None
+    if ranks.is_main:
+        try:
+            lock = RunLock(run_dir)
+            refuse_changes(run_dir / "config.yaml", cfg)
+        except (ConfigError, OSError) as error:
+            trouble = error
+    try:
+        failed = ranks.agree(int(trouble is not None))
+        if trouble is not None:
+            raise trouble
+        if failed:
+            raise SystemExit(2)
+        yield
+    finally:
+        if lock is not None:
+            lock.close()
+
+
 def changes(written: Path, cfg: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Option -> (was, is), where the configuration that a run was started with and `cfg` differ."""
     if not written.is_file():
@@ -67,7 +95,9 @@ def changes(written: Path, cfg: RunConfig) -> dict[str, tuple[Any, Any]]:
 
 
 def refuse_changes(written: Path, cfg: RunConfig) -> None:
-    """Raises ConfigError, key by key, when options differ that would make it another run."""
+    """Raises ConfigError, key by key, when options differ that would make it another run; not where none was saved."""
+    if not any(written.parent.glob("checkpoints/step_*")):
+        return
     other = {key: pair for key, pair in changes(written, cfg).items() if not is_free(key)}
     if other:
         listed = ", ".join(f"{key}={now} (was {before})" for key, (before, now) in other.items())

@@ -43,7 +43,8 @@ class Tracker:
 
     `start_step` is the step that the run goes on from (0 for a new run). Lines of metrics.jsonl beyond it belong to
     work that a crash threw away and that is about to be done again, so they are dropped.
-    `say` receives the one line that tells where wandb went.
+    `say` receives the one line that tells where wandb went, and what cannot be written. Lines that find no room on the
+    disk wait for the next; trouble with wandb ends wandb, never the training.
     """
 
     def __init__(
@@ -53,34 +54,63 @@ class Tracker:
         resolved_config: dict[str, Any],
         start_step: int = 0,
         say: Callable[[str], None] = print,
+        wandb_id: str | None = None,
     ) -> None:
+        """wandb_id: of the run there that goes on, where the run directory does not know it."""
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         path = self.run_dir / "metrics.jsonl"
         _drop_lines_after(path, start_step)
-        self._file = path.open("a", buffering=1, encoding="utf-8")  # a line reaches the disk when it is complete
+        self._say = say
+        self._file = path.open("ab", buffering=0)  # a line reaches the disk at once
+        self._waiting = bytearray()  # what is still to be written, less than a line if all is well
+        self._full = False
+        if cfg.wandb != "disabled" and wandb_id is not None and not (self.run_dir / RUN_ID_FILE).exists():
+            (self.run_dir / RUN_ID_FILE).write_text(wandb_id + "\n")
         self._wandb = None if cfg.wandb == "disabled" else _start_wandb(cfg, self.run_dir, resolved_config, say)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line; `step` is the number of steps done."""
         line = {"step": step, **{name: _plain(value) for name, value in metrics.items() if name != "step"}}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        if self._wandb is not None:
-            self._wandb.log({**metrics, "step": step})
+        self._write(json.dumps(line, allow_nan=False) + "\n")
+        self._send({**metrics, "step": step})
 
     def log_picture(self, step: int, name: str, picture: str | Path) -> None:
         """Send a PNG that lies in the run directory to wandb, under `pictures/name`."""
         if self._wandb is not None:
             import wandb
 
-            self._wandb.log({f"pictures/{name}": wandb.Image(str(picture)), "step": step})
+            self._send({f"pictures/{name}": wandb.Image(str(picture)), "step": step})
 
     def close(self, failed: bool = False) -> None:
         """Close the file, and wandb with the exit code it shows as finished or crashed. May be called twice."""
         self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=int(failed))
+        self._with_wandb(lambda run: run.finish(exit_code=int(failed)))
+        self._wandb = None
+
+    def _write(self, line: str) -> None:
+        """Append, in one piece as far as the disk has room; the rest follows when it has."""
+        self._waiting += line.encode()
+        try:
+            while self._waiting:
+                del self._waiting[: self._file.write(self._waiting)]
+            self._full = False
+        except OSError as error:
+            if not self._full:
+                self._say(f"{self._file.name}: {error.strerror}; its lines wait until they can be written")
+            self._full = True
+
+    def _send(self, content: dict[str, Any]) -> None:
+        self._with_wandb(lambda run: run.log(content))
+
+    def _with_wandb(self, act: Callable[[Any], object]) -> None:
+        if self._wandb is None:
+            return
+        try:
+            act(self._wandb)
+        except Exception as error:  # whatever it is, it is no reason to stop a training
             self._wandb = None
+            self._say(f"wandb: ended by {type(error).__name__}: {error}; metrics still go to metrics.jsonl")
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
@@ -165,6 +195,12 @@ def _open_run(wandb: Any, cfg: TrackingConfig, run_dir: Path, config: dict[str, 
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     return run
+
+
+def known_run_id(run_dir: Path) -> str | None:
+    """The identity of the run at wandb, if it has one."""
+    path = run_dir / RUN_ID_FILE
+    return path.read_text().strip() if path.exists() else None
 
 
 def _run_id(run_dir: Path) -> str:

@@ -5,19 +5,25 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.profiler import record_function
 
+from dinoreg.config import ConfigError
 from dinoreg.data.batch import Batch
-from dinoreg.data.images import REASONS
+from dinoreg.data.images import REASONS, DataError
 from dinoreg.data.loader import BatchLoader, build_loader, prefetch_to_device
 from dinoreg.data.masks import MaskConfig
 from dinoreg.data.photometric import develop
-from dinoreg.data.sources import open_sources
+from dinoreg.data.progress import merge_positions
+from dinoreg.data.sources import Sources, open_sources
 from dinoreg.models.vit import VisionTransformer, build_vit
 from dinoreg.models.weights import initialise
 from dinoreg.objectives.observation import Observation
@@ -25,8 +31,10 @@ from dinoreg.objectives.self_distillation import SelfDistillation
 from dinoreg.parallel.mesh import Ranks, setup_ranks
 from dinoreg.parallel.shard import parallelize
 from dinoreg.train import pictures
+from dinoreg.train.about import About
 from dinoreg.train.checkpoint import Checkpointer
 from dinoreg.train.clock import Clock
+from dinoreg.train.faults import Recent, Trace
 from dinoreg.train.flops import peak_flops, step_flops
 from dinoreg.train.guard import Guard
 from dinoreg.train.knn import KnnMonitor
@@ -35,10 +43,15 @@ from dinoreg.train.optimizer import Optimizer
 from dinoreg.train.plan import warnings_of
 from dinoreg.train.process import logging_to, unhurried_garbage_collection
 from dinoreg.train.recipe import RunConfig, check_world
-from dinoreg.train.report import Report, changes
+from dinoreg.train.report import Report
+from dinoreg.train.rundir import claimed
 from dinoreg.train.schedules import Schedules, StepValues
+from dinoreg.train.stopping import Stopped, StopRequests, parse_time
+from dinoreg.train.tracking import known_run_id
 
 logger = logging.getLogger("dinoreg")
+
+_GO_ON, _STOP, _NO_DATA = range(3)  # what a rank wishes before a step; the greatest wish of all ranks wins
 
 
 def train(cfg: RunConfig) -> Path:
@@ -48,37 +61,46 @@ def train(cfg: RunConfig) -> Path:
 
     Returns:
         The teacher's last weights, a file for `dinoreg.load_backbone`.
+
+    Raises:
+        Stopped: a signal or the time limit came; everything is saved, and the same call goes on.
+        DataError: a rank has no data; what was done is saved.
+        FloatingPointError: `train.max_skipped` steps in a row were not finite.
     """
-    ranks = setup_ranks()
-    try:
-        with logging_to(Path(cfg.run_dir) / "logs", ranks), warnings.catch_warnings():
-            # Features are views of one packed tensor; what FSDP warns of is work on them in place, and there is none.
-            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-            try:
-                return Trainer(cfg, ranks).run()
-            except BaseException:
-                logger.debug("ended by", exc_info=True)  # to the log of the rank that it happened on
-                raise
-    finally:
-        ranks.close()
+    limit = None if cfg.train.time_limit is None else parse_time(cfg.train.time_limit)
+    with StopRequests(limit) as stop:
+        ranks = setup_ranks()
+        try:
+            with claimed(cfg, ranks), logging_to(Path(cfg.run_dir) / "logs", ranks), warnings.catch_warnings():
+                # Features are views of one packed tensor; what FSDP warns of is work on them in place: there is none.
+                warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+                try:
+                    with closing(Trainer(cfg, ranks, stop)) as trainer:
+                        return trainer.run()
+                except BaseException:
+                    logger.debug("ended by", exc_info=True)  # to the log of the rank that it happened on
+                    raise
+        finally:
+            ranks.close()
 
 
 class Trainer:
     """One run on one rank."""
 
-    def __init__(self, cfg: RunConfig, ranks: Ranks) -> None:
+    def __init__(self, cfg: RunConfig, ranks: Ranks, stop: StopRequests) -> None:
         check_world(cfg, ranks.world)
-        self.cfg, self.ranks, self.run_dir = cfg, ranks, Path(cfg.run_dir)
+        self.cfg, self.ranks, self.stop, self.run_dir = cfg, ranks, stop, Path(cfg.run_dir)
         self.sources = open_sources(cfg.data)
         self.schedules = Schedules(cfg, self.sources.num_samples)
         self._agree_on_sources()
         self.checkpointer = Checkpointer(self.run_dir, cfg.checkpoint, ranks)
-        checkpoint = self.checkpointer.latest()
+        checkpoint = self._where_to_start()
         self.objective = build_objective(cfg, ranks, from_weights=checkpoint is None)
         self.optimizer = Optimizer(self.objective.student, cfg.optim)
-        self.guard = Guard(ranks)
-        self.start = self._resume(checkpoint) if checkpoint else 0
-        self.loader = self._open_loader()
+        self.about = self._resume(checkpoint) if checkpoint else About()
+        self.start = self.saved = self.about.step
+        self.guard, self.recent, self.skipped = Guard(ranks, self.about.skipped), Recent(cfg, ranks), self.about.skipped
+        self.loader = open_loader(cfg, self.sources, ranks, self.about, self.schedules.total_steps)
         self.knn = KnnMonitor(cfg.monitor, cfg.model, cfg.photometric, ranks) if cfg.monitor.knn_every else None
         self.clock = Clock()
         self.flops, self.peak_flops = step_flops(cfg), peak_flops(ranks.device)
@@ -87,7 +109,7 @@ class Trainer:
             for warning in warnings_of(cfg, self.sources.num_samples):
                 logger.warning(f"careful: {warning}")
         length = self.schedules.total_steps
-        self.report = Report(cfg, length, self.start, self.sources.num_samples, speaks=ranks.is_main)
+        self.report = Report(cfg, length, self.about, self.sources.num_samples, speaks=ranks.is_main)
 
     def run(self) -> Path:
         """Train to the end. Steps are counted when they are done: step 1 is the first."""
@@ -97,15 +119,17 @@ class Trainer:
             if self.start == 0:
                 self._look_in(0)
             for step in range(self.start + 1, last + 1):
-                with self.clock.waiting():
-                    batch = next(batches)
+                batch = self._next(batches, step)
                 values = self.schedules.at(step - 1)
                 observe = step % self.cfg.monitor.every == 0
                 for sample in batch.bad:
                     logger.debug(f"skipped a sample: {sample}")
+                seed = row_seed(self.cfg.seed, step, self.ranks.rank)
                 metrics, observation = train_step(
-                    self.objective, self.optimizer, self.guard, batch, values, self.cfg, self._row_seed(step), observe
-                )
+                    self.objective, self.optimizer, self.guard, batch, values, self.cfg, seed, observe,
+                    before_update=self.checkpointer.staged,
+                )  # fmt: skip
+                self.recent.append(Trace(step, batch.keys, metrics))
                 self.clock.count(self.cfg.train.batch_size)
                 saving = step % self.cfg.checkpoint.every == 0 or step == last
                 if saving or observe or step == 1 or step % self.cfg.train.log_every == 0:
@@ -124,7 +148,9 @@ class Trainer:
             metrics = metrics | measure(observation, self.cfg.monitor, self.ranks)
             distance = weight_distance(self.objective.teacher, self.objective.student, self.ranks)
             metrics["teacher/ema_distance"] = distance
-        numbers = self._mean_over_ranks(metrics) | self._bad_so_far()
+        numbers = self._mean_over_ranks(metrics | self.guard.counts())
+        bad = self._bad_so_far()
+        numbers |= {"data/bad": sum(bad.values())} | {f"data/bad/{name}": count for name, count in bad.items() if count}
         numbers |= {f"plateau/{term}": plateau for term, plateau in self.objective.plateaus.items()}
         interval = self.clock.read()
         numbers |= {
@@ -137,19 +163,66 @@ class Trainer:
         }
         numbers |= self._utilisation(interval.images_per_second)
         self.report.record(step, numbers)
-        # Gradients too: the loss is that of the weights before the update, a checkpoint holds those after it.
-        for name, value in numbers.items():
-            if name.startswith(("loss/total", "grad_norm/")) and not math.isfinite(value):
-                raise FloatingPointError(
-                    f"{name} of step {step} is {value}: nothing was saved since; lower optim.lr, or start again with "
-                    f"the same command from {self.checkpointer.latest() or 'the beginning'}"
-                )
+        self._heed_skips(step, int(numbers["skipped/total"]), int(numbers["skipped/in_row"]))
+
+    def _heed_skips(self, step: int, total: int, in_row: int) -> None:
+        """Say that steps were skipped, or give up when there is no end to it."""
+        if total > self.skipped and self.ranks.is_main:
+            logger.warning(
+                f"step {step}: {total - self.skipped} of the latest steps had a loss or gradient that is not finite "
+                "and were skipped; nothing of them remains"
+            )
+        self.skipped = total
+        if in_row < self.cfg.train.max_skipped:
+            return
+        folder = self.recent.leave(self.run_dir, in_row)
+        with closing(Checkpointer(folder, self.cfg.checkpoint, self.ranks)) as checkpointer:
+            checkpointer.save(step, self.objective, self.optimizer, asdict(self._about(step)))
+            checkpointer.wait()
+        raise FloatingPointError(
+            f"{in_row} steps in a row, from step {step - in_row + 1} on, had no finite loss or gradient; weights are "
+            f"as before them. See what broke: dinoreg replay {folder}. To go on: a new run_dir, a lower optim.lr and "
+            f"train.go_on_from={self.run_dir}"
+        )
+
+    def _next(self, batches: Iterator[Batch], step: int) -> Batch:
+        """The batch of `step`, once every rank has its own and nobody wants to stop; else the end of the run.
+
+        All ranks leave at the same step, or those that go on would wait for the others for ever. They agree on the
+        host, while the device still computes.
+        """
+        batch, trouble = None, None
+        with self.clock.waiting():
+            try:
+                batch = next(batches)
+            except DataError as error:
+                trouble = error
+        wish = _NO_DATA if trouble else _STOP if self.stop.reason else _GO_ON
+        verdict = self.ranks.agree(wish)
+        if batch is None or verdict != _GO_ON:
+            self._leave(step - 1, verdict, trouble)
+        return batch
+
+    def _leave(self, done: int, verdict: int, trouble: DataError | None) -> NoReturn:
+        """Save what is done, and say why it ends here. Every rank comes here together."""
+        if done > self.saved:
+            self.save(done)
+        self.checkpointer.wait()
+        saved = f"step {done} is saved" if done else "nothing was done yet"
+        if verdict == _STOP:
+            reasons = self.ranks.gather_objects(self.stop.reason)
+            reason = next(reason for reason in reasons if reason)
+            raise Stopped(f"stopped by {reason}; {saved}; the same command goes on")
+        troubles = self.ranks.gather_objects(None if trouble is None else str(trouble))
+        rank, words = next((rank, words) for rank, words in enumerate(troubles) if words)
+        who = f"rank {rank}: " if self.ranks.world > 1 else ""
+        raise type(trouble or DataError())(f"{who}{words} ({saved})")
 
     def save(self, step: int) -> None:
-        """The resumable checkpoint, and the teacher in one file."""
-        self.checkpointer.save(step, self.objective, self.optimizer, about={})
+        """Start to write the resumable checkpoint, and the teacher in one file."""
+        self.checkpointer.save(step, self.objective, self.optimizer, asdict(self._about(step)))
         self.checkpointer.save_teacher(step, self.objective.teacher["backbone"], self.cfg.model, self.cfg.photometric)
-        self.checkpointer.wait()
+        self.saved = step
 
     def teacher(self) -> VisionTransformer:
         """The teacher's backbone as a plain module on every rank, whatever it is sharded over."""
@@ -160,7 +233,8 @@ class Trainer:
         return backbone.requires_grad_(False).eval().to(self.ranks.device)
 
     def _finish(self, step: int) -> Path:
-        """Say where the result lies."""
+        """Wait for the disk, and say where the result lies."""
+        self.checkpointer.wait()
         weights = self.checkpointer.teachers / f"step_{step:08d}.safetensors"
         if self.ranks.is_main:
             if self.start == step:
@@ -178,40 +252,46 @@ class Trainer:
                 "mount the same files on every node"
             )
 
-    def _resume(self, checkpoint: Path) -> int:
-        step: int = self.checkpointer.load(checkpoint, self.objective, self.optimizer)["step"]
+    def close(self) -> None:
+        """Let the checkpoint that is being written come to its end."""
+        self.checkpointer.close()
+
+    def _where_to_start(self) -> Path | None:
+        """This run's newest checkpoint, or that of the run that it goes on from."""
+        checkpoint, origin = self.checkpointer.latest(), self.cfg.train.go_on_from
+        if checkpoint is not None or origin is None:
+            return checkpoint
+        if not (Path(origin) / "checkpoints").is_dir():
+            return Path(origin)
+        with closing(Checkpointer(Path(origin), self.cfg.checkpoint, self.ranks)) as other:
+            checkpoint = other.latest()
+        if checkpoint is None:
+            raise ConfigError(f"{origin} has no checkpoint", key="train.go_on_from")
+        return checkpoint
+
+    def _about(self, step: int) -> About:
+        """What the checkpoint of `step` says about the run."""
+        return About(
+            step=step,
+            images=step * self.cfg.train.batch_size,
+            world=self.ranks.world,
+            data=None,
+            streams=merge_positions(self.ranks.gather_objects(self.loader.position(step))),
+            bad={reason: count for reason, count in self._bad_so_far().items() if count},
+            skipped=int(self.guard.total),
+            wandb=known_run_id(self.run_dir),
+        )
+
+    def _resume(self, checkpoint: Path) -> About:
+        about = About.of(self.checkpointer.load(checkpoint, self.objective, self.optimizer))
+        step = about.step
         if step > self.schedules.total_steps:
             raise ValueError(
                 f"{checkpoint} has done {step} steps, more than the {self.schedules.total_steps} asked for"
             )
         if self.ranks.is_main:
             logger.info(f"going on from {checkpoint}")
-            for change in changes(self.run_dir / "config.yaml", self.cfg):
-                logger.warning(f"careful: {change}")
-        return step
-
-    def _open_loader(self) -> BatchLoader:
-        cfg, side = self.cfg, self.cfg.crops.global_size // self.cfg.model.patch_size
-        return build_loader(
-            self.sources,
-            cfg.data,
-            cfg.crops,
-            cfg.photometric,
-            cfg.masks if cfg.objective.ibot.weight > 0 else MaskConfig(probability=0.0),
-            grid=(side, side),
-            channels=cfg.model.in_channels,
-            batch_size=cfg.train.batch_size,
-            seed=cfg.seed,
-            rank=self.ranks.rank,
-            world=self.ranks.world,
-            start_step=self.start,
-            steps=self.schedules.total_steps,
-            local_world=self.ranks.local_world,
-        )
-
-    def _row_seed(self, step: int) -> int:
-        """Which rows drop path keeps: new each step and on each rank, the same after a restart."""
-        return hash((self.cfg.seed, step, self.ranks.rank)) % 2**62
+        return about
 
     def _look_in(self, step: int, batch: Batch | None = None) -> None:
         """The k-NN and the pictures, when their time has come."""
@@ -250,12 +330,40 @@ class Trainer:
             numbers["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         return numbers
 
-    def _bad_so_far(self) -> dict[str, float]:
+    def _bad_so_far(self) -> dict[str, int]:
+        """Samples that could not be used, by reason, on all ranks and since the run began."""
         counts = self.ranks.sum_(
             torch.tensor([self.loader.bad[reason] for reason in REASONS], device=self.ranks.device)
         ).tolist()
-        by_reason = {f"data/bad/{reason}": count for reason, count in zip(REASONS, counts, strict=True) if count}
-        return {"data/bad": sum(counts), **by_reason}
+        return {reason: count + self.about.bad.get(reason, 0) for reason, count in zip(REASONS, counts, strict=True)}
+
+
+def open_loader(cfg: RunConfig, sources: Sources, ranks: Ranks, start: About, total: int) -> BatchLoader:
+    """The loader of this rank for the steps after those of `start` in a run of `total` steps."""
+    side = cfg.crops.global_size // cfg.model.patch_size
+    return build_loader(
+        sources,
+        cfg.data,
+        cfg.crops,
+        cfg.photometric,
+        cfg.masks if cfg.objective.ibot.weight > 0 else MaskConfig(probability=0.0),
+        grid=(side, side),
+        channels=cfg.model.in_channels,
+        batch_size=cfg.train.batch_size,
+        seed=cfg.seed,
+        rank=ranks.rank,
+        world=ranks.world,
+        start_step=start.step,
+        steps=total,
+        local_world=ranks.local_world,
+        stream_position=start.streams,
+        agree=ranks.agree,
+    )
+
+
+def row_seed(seed: int, step: int, rank: int) -> int:
+    """Of the rows that drop path keeps: new each step and on each rank, the same after a restart."""
+    return hash((seed, step, rank)) % 2**62
 
 
 def train_step(
@@ -267,10 +375,14 @@ def train_step(
     cfg: RunConfig,
     row_seed: int,
     observe: bool = False,
+    before_update: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Tensor], Observation | None]:
     """One update of student and teacher on this rank's share of a step, already on the device; none if `guard` objects.
 
     Nothing here waits for the device. The regions are named for the profiler, see benchmarks/step.py.
+
+    Args:
+        before_update: called when gradients are there and parameters are about to change.
 
     Returns:
         Device scalars of this rank, and what the monitors look at when `observe`.
@@ -283,6 +395,7 @@ def train_step(
     )
     with record_function("optimizer"):
         metrics |= optimizer.clip()
+        before_update()
         skip = guard(metrics)
         optimizer.step(skip)
     with record_function("ema"):
