@@ -176,9 +176,9 @@ def test_a_small_set_is_judged_after_one_pass(tmp_path) -> None:
         list(load(tmp_path, batch_size=4))
 
 
-def kill_a_worker(loader: BatchLoader) -> None:
+def kill_a_worker(loader: BatchLoader, how: signal.Signals = signal.SIGKILL) -> None:
     assert loader._feed is not None
-    os.kill(loader._feed.workers[0].pid or 0, signal.SIGKILL)
+    os.kill(loader._feed.workers[0].pid or 0, how)
 
 
 def test_workers_that_are_killed_are_started_again_and_nothing_changes(folder, caplog) -> None:
@@ -188,11 +188,15 @@ def test_workers_that_are_killed_are_started_again_and_nothing_changes(folder, c
     for step, batch in enumerate(loader):
         batches.append(batch)
         if step in (0, 7, 15):
-            kill_a_worker(loader)
+            kill_a_worker(loader, signal.SIGBUS if step == 7 else signal.SIGKILL)
     assert_same(joined(batches), joined(alone))
     assert [batch.keys for batch in batches] == [batch.keys for batch in alone]
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 3
-    assert "was killed by SIGKILL" in caplog.text and "(3 of at most 3 times)" in caplog.text
+    assert (
+        "was killed by SIGKILL" in caplog.text
+        and "was killed by SIGBUS" in caplog.text
+        and "(3 of at most 3 times)" in caplog.text
+    )
 
 
 def test_workers_that_die_again_and_again_end_the_run(folder) -> None:

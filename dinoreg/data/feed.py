@@ -92,12 +92,11 @@ class Feed:
         """What explains the error, if a worker's end does."""
         if not self.workers:
             return None
+        if "shared memory" in error and "No space left" in error:
+            return WorkerDied("/dev/shm is full")
         wait([worker.sentinel for worker in self.workers], timeout=patience)
         dead = [worker for worker in self.workers if not worker.is_alive()]
-        if dead:
-            return WorkerDied(f"process {dead[0].pid} {_how(dead[0].exitcode)}")
-        full = "shared memory" in error and "No space left" in error
-        return WorkerDied("/dev/shm is full") if full else None
+        return WorkerDied(f"process {dead[0].pid} {_how(dead[0].exitcode)}") if dead else None
 
     def _silence(self) -> DataError:
         pids = ", ".join(str(worker.pid) for worker in self.workers)

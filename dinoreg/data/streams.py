@@ -7,13 +7,13 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
 from dinoreg.data.counter import Purpose, generator, make_key
-from dinoreg.data.images import EXTENSIONS, BadImage, DataError
+from dinoreg.data.images import EXTENSIONS, MAX_BYTES, BadImage, DataError
 from dinoreg.data.progress import Deal, Progress
 from dinoreg.data.remote import Patience, open_remote
+from dinoreg.data.tarindex import is_safe
 
 STREAMED_PREFIXES = (
     "pipe:",
@@ -30,6 +30,8 @@ STREAMED_PREFIXES = (
 )
 STREAMED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 READ_BYTES = 1 << 18
+NAMING_TYPES = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, b"K")
+MAX_NAME = 1 << 20  # bytes
 BARREN = 20  # shards without an image in between end the run; fewer where there are fewer
 
 
@@ -193,13 +195,16 @@ def _members(url: str, patience: Patience, refused: list[tuple[str, bytes | BadI
     stream = None
     try:
         stream = open_remote(url, patience)
-        with tarfile.open(fileobj=stream, mode="r|*", bufsize=READ_BYTES) as tar:  # type: ignore[call-overload]
+        with tarfile.open(fileobj=stream, mode="r|*", bufsize=READ_BYTES, tarinfo=_Header) as tar:  # type: ignore[call-overload]
             for member in tar:
                 tar.members = []  # or every header would be kept
                 if not member.isreg():
                     continue
                 if not is_safe(member.name):
                     refused.append((member.name, BadImage("unsafe-path", "it leads out of its folder")))
+                    continue
+                if member.size > MAX_BYTES:
+                    refused.append((member.name, BadImage("too-large", f"{member.size} bytes by its header")))
                     continue
                 file = tar.extractfile(member)
                 assert file is not None
@@ -214,10 +219,15 @@ def _members(url: str, patience: Patience, refused: list[tuple[str, bytes | BadI
             stream.close()
 
 
-def is_safe(name: str) -> bool:
-    """Whether a member's path stays below the folder that a tar would be unpacked in."""
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts
+class _Header(tarfile.TarInfo):
+    """A member's header. A member that only holds the name of the next one is read as a whole, so it must be short."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in NAMING_TYPES and header.size > MAX_NAME:
+            raise tarfile.ReadError(f"a name of {header.size} bytes by the header of {header.name!r}")
+        return header
 
 
 def _image_of(sample: dict[str, Any]) -> bytes | None:

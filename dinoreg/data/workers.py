@@ -105,10 +105,12 @@ def fit_shared_memory(workers: int, asked: bool, batch_bytes: int, prefetch: int
     if fitting == workers:
         return workers
     need = _needed(workers, batch_bytes, prefetch) * local_world
-    said = f"{workers} data workers need {need / 2**20:.0f} MiB in {SHARED_MEMORY}, and {free / 2**20:.0f} are free"
+    said = (
+        f"{workers} data worker(s) a rank need {need / 2**20:.1f} MiB of {SHARED_MEMORY}, {free / 2**20:.1f} are free"
+    )
     remedy = "give it more (docker run --shm-size, or --ipc=host)"
     if asked:
-        raise ConfigError(f"{said}: {remedy}, or ask for at most {fitting} workers here", "data.workers")
+        raise ConfigError(f"{said}: {remedy}, or set data.workers={fitting}", "data.workers")
     logger.warning(f"careful: {said}: loading with {fitting}, which is slower; {remedy}")
     return fitting
 
