@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -86,15 +87,17 @@ class Checkpointer:
         self.teacher_job: Future[None] | None = None
         self.saved: int | None = None  # the last step that is surely on the disk
 
-    def latest(self) -> Path | None:
+    def latest(self, *, of_another_run: bool = False) -> Path | None:
         """The newest checkpoint that is whole; newer ones that are damaged are told of and set aside.
+
+        of_another_run: change nothing there: it may be running.
 
         Raises:
             CheckpointError: there are checkpoints, but all are damaged.
         """
         wait(self.jobs)
         tried: list[int] = []
-        if self.ranks.is_main:
+        if self.ranks.is_main and not of_another_run:
             self.folder.clear_leftovers()
             for leftover in self.teachers.glob(".step_*.part"):
                 leftover.unlink(missing_ok=True)
@@ -104,7 +107,9 @@ class Checkpointer:
                 return self.folder.of(step)
             tried.append(step)
             if self.ranks.is_main:
-                self.folder.set_aside(step, problem)
+                logger.warning(f"{self.folder.of(step)} is damaged: {problem}; the one before it is used")
+                if not of_another_run:
+                    self.folder.set_aside(step)
         damaged_before = self._from_main(self.folder.has_damaged)
         if tried or damaged_before:
             raise CheckpointError(
@@ -165,14 +170,17 @@ class Checkpointer:
         """
         try:
             reader, room, about = self._together(partial(self._open, checkpoint, objective, optimizer))
-            dcp.load(room, storage_reader=reader, planner=TensorsOnly(), **self.among)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # alone, as `replay` is
+                dcp.load(room, storage_reader=reader, planner=TensorsOnly(), **self.among)
         except (Exception, CheckpointException) as error:  # the latter is a BaseException
             raise CheckpointError(
                 f"cannot resume from {checkpoint}: {_reason(error)}; "
                 "if the architecture was changed, give another run_dir"
             ) from error
         take_over(room, optimizer, self.ranks)
-        self.saved = about["step"]
+        if checkpoint.parent == self.folder.path:
+            self.saved = about["step"]
         return about
 
     def close(self) -> None:

@@ -8,7 +8,6 @@ step_00000200.damaged   was found damaged; kept for a person to look at, never r
 
 from __future__ import annotations
 
-import logging
 import re
 import shutil
 from collections.abc import Collection
@@ -17,8 +16,6 @@ from pathlib import Path
 
 from dinoreg.parallel.mesh import Ranks
 from dinoreg.train.checkpoint_files import Sums, check_file, read_manifest, read_metadata, sync_folder, write_manifest
-
-logger = logging.getLogger("dinoreg")
 
 
 class CheckpointFolder:
@@ -85,10 +82,9 @@ class CheckpointFolder:
                 problem = _problem_of(folder / name, *sums[name])
         return next(filter(None, ranks.gather_objects(problem)), None)
 
-    def set_aside(self, step: int, problem: str) -> None:
-        """Tell of it, and let nobody take it for whole."""
+    def set_aside(self, step: int) -> None:
+        """Let nobody take a damaged one for whole."""
         folder = self.of(step)
-        logger.warning(f"{folder} is damaged: {problem}; the checkpoint before it is used")
         with suppress(OSError):
             shutil.rmtree(_beside(folder, "damaged"), ignore_errors=True)
             folder.rename(_beside(folder, "damaged"))
