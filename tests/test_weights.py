@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from foreign_models import huggingface, randomise, timm_model
@@ -16,7 +18,7 @@ from torch import Tensor
 import dinoreg
 from dinoreg.models.formats import WeightsError
 from dinoreg.models.vit import ModelConfig, VisionTransformer, build_vit
-from dinoreg.models.weights import compact, load_backbone, read_weights, save_backbone
+from dinoreg.models.weights import compact, initialise, load_backbone, read_weights, save_backbone
 
 TINY = ModelConfig(arch="vit_tiny", depth=2, patch_size=8, image_size=32, layerscale=0.5)
 SIZES = [(28, 28), (42, 42), (14, 35), (56, 7)]
@@ -179,7 +181,7 @@ def test_files_that_hold_no_backbone(tmp_path: Path) -> None:
         "absent.pth": "no such file", "cut.safetensors": "truncated", "cut.pth": "truncated",
         "text.pth": "no checkpoint", "empty.pth": "truncated", "list.pth": "holds a list", "none.pth": "no tensors",
         "heads.pth": "only heads", "resnet.pth": "no vision transformer", "v3.pth": "DINOv3", "qnorm.pth": "q_norm",
-        "gap.pth": "without norm.bias", "width.pth": "unknown architecture: width 40", "code.pth": "would run code",
+        "gap.pth": "without norm.bias", "width.pth": "unknown architecture: width 40", "code.pth": "it asks for",
         "bert": "kind bert", "empty_folder": "without model.safetensors",
     }.items():  # fmt: skip
         with pytest.raises(WeightsError, match=words) as caught:
@@ -195,6 +197,109 @@ class Runs:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (setattr, (Runs, "ran", True))
+
+
+class Writes:
+    """What a malicious file does: a command of its maker's."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.system, (self.command,))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("hidden", ["alone", "beside", "within"])
+def test_code_in_a_file_runs_only_when_it_is_trusted(tmp_path: Path, zipped: bool, hidden: str) -> None:
+    bad, state = Writes(f"echo ran >> {tmp_path}/witness"), dict(make().state_dict())
+    content = {"alone": bad, "beside": {**state, "args": bad}, "within": {"teacher": state, "deep": [{"x": (bad,)}]}}
+    path, witness = tmp_path / "foreign.pth", tmp_path / "witness"
+    torch.save(content[hidden], path, _use_new_zipfile_serialization=zipped)
+    for opening in (load_backbone, read_weights, lambda name: initialise(make(), name)):
+        with pytest.raises(WeightsError, match=r"asks for (posix|os)\.system; if you trust") as caught:
+            opening(path)
+        assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+        assert "trust=True" in str(caught.value) and "model.init_from_trusted=true" in str(caught.value)
+    assert not witness.exists()
+    if hidden != "alone":
+        loaded = load_backbone(path, trust=True)
+        close(loaded.forward_features(images(32, 32)).cls, make().eval().forward_features(images(32, 32)).cls)
+        assert witness.read_text() == "ran\n"
+        assert initialise(make(seed=1), path, trust=True).share == 1
+
+
+def test_a_folder_is_not_trusted_either(tmp_path: Path) -> None:
+    torch.save({"x": Writes(f"touch {tmp_path}/witness")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(WeightsError, match="would run code"):
+        load_backbone(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../elsewhere.bin"}}))
+    with pytest.raises(WeightsError, match=r"names \.\./elsewhere\.bin, which lies elsewhere"):
+        load_backbone(tmp_path, trust=True)
+    assert not (tmp_path / "witness").exists()
+
+
+def test_a_trusted_file_may_need_what_is_not_installed(tmp_path: Path) -> None:
+    (tmp_path / "foreign.pth").write_bytes(b"\x80\x02cno_such_module\nThing\n.")
+    with pytest.raises(WeightsError, match=r"asks for no_such_module\.Thing|no checkpoint"):
+        load_backbone(tmp_path / "foreign.pth")
+    with pytest.raises(WeightsError, match="needs code that is not installed here"):
+        load_backbone(tmp_path / "foreign.pth", trust=True)
+
+
+def test_strange_names_and_shapes_are_refused_at_once(tmp_path: Path) -> None:
+    """A state dict is free to claim anything; only WeightsError may come of it."""
+    state = dict(make().state_dict())
+    strange: list[dict[str, Any]] = [
+        {"blocks.999999999.norm1.weight": torch.zeros(2)},
+        {"blocks.x.norm1.weight": torch.zeros(2)},
+        {"blocks.²": torch.zeros(2)},
+        {"patch_embed.proj.weight": torch.zeros(3)},
+        {"patch_embed.proj.weight": torch.zeros(192, 3, 0, 0)},
+        {"pos_embed": torch.zeros(())},
+        {"pos_embed": torch.zeros(1, 0, 192)},
+        {"register_tokens": torch.zeros(4)},
+        {"reg_token": torch.zeros(4)},
+        {"blocks.0.mlp.fc2.weight": torch.zeros(())},
+        {"blocks.0.attn.qkv.weight": torch.zeros(2, 2, dtype=torch.complex64)},
+        {"embeddings.cls_token": torch.zeros(1)},
+        {"cls_token": torch.zeros(1, 1, 192).to_sparse()},
+    ]
+    path = tmp_path / "strange.pth"
+    for change in strange:
+        torch.save({**state, **change}, path)
+        for opening in (load_backbone, lambda name: initialise(make(), name)):
+            with pytest.raises(WeightsError) as caught:
+                opening(path)
+            assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("metadata", ["", "[]", "{", '{"depth": 1000000000}', '{"depth": "2"}', '{"patch_size": 0}'])
+def test_our_own_header_may_be_forged_too(tmp_path: Path, metadata: str) -> None:
+    save_file(dict(make().state_dict()), tmp_path / "own.safetensors", {"dinoreg.model": metadata})
+    with pytest.raises(WeightsError) as caught:
+        load_backbone(tmp_path / "own.safetensors")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_damaged_files_give_one_line(tmp_path: Path) -> None:
+    rng, path = np.random.default_rng(0), tmp_path / "damaged"
+    state = {"norm.weight": torch.zeros(8), "deep": {"step": 3, "names": ["a", "b"]}}
+    torch.save(state, path)
+    seeds = [path.read_bytes()]
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    seeds.append(path.read_bytes())
+    save_backbone(path, {"norm.weight": torch.zeros(8)}, TINY)
+    seeds.append(path.read_bytes())
+    for turn in range(600):
+        content = bytearray(seeds[turn % 3])
+        for _ in range(rng.integers(1, 6)):
+            content[rng.integers(len(content))] = rng.integers(256)
+        path.write_bytes(content)
+        with pytest.raises(WeightsError) as caught:
+            load_backbone(path)
+        assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
 
 
 def test_hub_names_need_the_hub_package(monkeypatch: pytest.MonkeyPatch) -> None:

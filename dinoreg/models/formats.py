@@ -99,8 +99,11 @@ def infer_config(weights: Weights) -> ModelConfig:
 
 
 def depth_of(state: Mapping[str, Tensor]) -> int:
-    """Number of blocks."""
-    return 1 + max((int(key.split(".")[1]) for key in state if key.startswith("blocks.")), default=-1)
+    """Number of blocks. Raises WeightsError where one is left out: a name alone would make a model of any depth."""
+    found = {key.split(".")[1] for key in state if key.startswith("blocks.")}
+    if strange := found - {str(number) for number in range(len(found))}:
+        raise WeightsError(f"has {len(found)} blocks, one of them called {min(strange)[:30]}")
+    return len(found)
 
 
 def registers_of(state: Mapping[str, Tensor]) -> int:
@@ -111,8 +114,8 @@ def registers_of(state: Mapping[str, Tensor]) -> int:
 def grid_side(pos_embed: Tensor) -> int:
     """Side of the square grid of a (1, 1 + side^2, D) position embedding."""
     count = pos_embed.shape[1] - 1
-    side = isqrt(count)
-    if side * side != count:
+    side = isqrt(max(0, count))
+    if side == 0 or side * side != count:
         raise WeightsError(f"position embeddings of {count} patches are no square grid")
     return side
 
@@ -122,7 +125,8 @@ def _state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     for key in ("teacher", "model", "state_dict", "model_state_dict"):
         if isinstance(inner := checkpoint.get(key), Mapping):
             return _state_dict(inner)
-    state = {key: value for key, value in checkpoint.items() if isinstance(value, Tensor)}
+    tensors = {key: value for key, value in checkpoint.items() if isinstance(value, Tensor)}
+    state = {key: tensor for key, tensor in tensors.items() if tensor.layout is torch.strided}  # not sparse
     if not state:
         raise WeightsError("no tensors in it")
     return state

@@ -56,6 +56,7 @@ class ModelConfig:
     pos_antialias: bool = True  # resample position embeddings with antialiasing (registers paper, appendix A)
     pos_offset: float = 0.0  # DINOv2 without registers resampled with 0.1
     init_from: str | None = None  # weights to start from: file, Hugging Face folder, timm or DINOv2 state dict
+    init_from_trusted: bool = False  # open it even where that may run code of whoever made it
 
     @property
     def size(self) -> Arch:

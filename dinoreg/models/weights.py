@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import pickle
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -34,7 +35,8 @@ def save_backbone(
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {**(extra or {}), "format": "pt", METADATA_KEY: json.dumps(asdict(replace(config, init_from=None)))}
+    own = asdict(replace(config, init_from=None, init_from_trusted=False))
+    metadata = {**(extra or {}), "format": "pt", METADATA_KEY: json.dumps(own)}
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         save_file({k: t.detach().cpu().contiguous() for k, t in state.items()}, partial, metadata)
@@ -46,15 +48,17 @@ def save_backbone(
 
 
 def load_backbone(
-    path_or_name: str | Path, *, device: str | torch.device = "cpu", attention: str = "auto"
+    path_or_name: str | Path, *, device: str | torch.device = "cpu", attention: str = "auto", trust: bool = False
 ) -> VisionTransformer:
     """Open a backbone in fp32 and eval mode.
 
     path_or_name: a file written by `save_backbone`; a DINOv2, DINO or timm state dict (.pth, .safetensors); a
     checkpoint that holds a teacher; a Hugging Face folder of the dinov2 or dinov2_with_registers kind; or
     `hf:ORG/NAME`. Positions are resampled as the source's own code does. Raises WeightsError in one line.
+
+    trust: open a pickled file that holds more than tensors and plain values, which lets it run any code of its maker's.
     """
-    weights = read_weights(path_or_name)
+    weights = read_weights(path_or_name, trust)
     with _naming(path_or_name):
         config = infer_config(weights)
         with torch.device("meta"):
@@ -89,14 +93,14 @@ class InitReport:
 
 
 @torch.no_grad()
-def initialise(model: VisionTransformer, path: str | Path) -> InitReport:
+def initialise(model: VisionTransformer, path: str | Path, trust: bool = False) -> InitReport:
     """Start `model`, whose weights are initialised and not sharded, from a file of any kind `load_backbone` opens.
 
     Position grid, patch size, input channels, number of registers and presence of LayerScale may differ and are
-    adapted (see `dinoreg.models.adapt`). Raises WeightsError when depth or width differ or when less than 95 % of
-    the parameters find a source: the model would otherwise train from scratch unnoticed.
+    adapted (see `dinoreg.models.adapt`). trust: as in `load_backbone`. Raises WeightsError when depth or width differ
+    or when less than 95 % of the parameters find a source: the model would otherwise train from scratch unnoticed.
     """
-    weights = read_weights(path)
+    weights = read_weights(path, trust)
     with _naming(path):
         _demand_same_size(model, weights)
         state, how = adapt(weights, model)
@@ -125,15 +129,15 @@ def initialise(model: VisionTransformer, path: str | Path) -> InitReport:
     return report
 
 
-def read_weights(path_or_name: str | Path) -> Weights:
+def read_weights(path_or_name: str | Path, trust: bool = False) -> Weights:
     """Parameters under this project's names from any file or folder that `load_backbone` accepts."""
     path = _download(str(path_or_name)[3:]) if str(path_or_name).startswith("hf:") else Path(path_or_name)
     with _naming(path_or_name):
         if path.is_dir():
-            return _read_folder(path)
+            return _read_folder(path, trust)
         if not path.is_file():
             raise WeightsError("no such file or folder (models on the Hugging Face hub are written hf:ORG/NAME)")
-        checkpoint, metadata = _read_file(path)
+        checkpoint, metadata = _read_file(path, trust)
         if METADATA_KEY in metadata:
             return _own_weights(checkpoint, metadata)
         return convert(checkpoint)
@@ -141,19 +145,28 @@ def read_weights(path_or_name: str | Path) -> Weights:
 
 @contextmanager
 def _naming(path: str | Path) -> Iterator[None]:
-    """Puts the file's name in front of every WeightsError from inside."""
+    """Puts the file's name in front of every WeightsError from inside.
+
+    Names and shapes of a strange file can go wrong in as many ways as there are lines that use them: all are one.
+    """
     try:
         yield
     except WeightsError as error:
         named = str(error).startswith(str(path))
         raise WeightsError(str(error) if named else f"{path}: {error}") from error.__cause__
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+        kind = type(error).__name__
+        raise WeightsError(f"{path}: of no known architecture ({kind}: {_first_line(error)})") from error
 
 
 def _own_weights(state: dict[str, Tensor], metadata: Mapping[str, str]) -> Weights:
     try:
         config = ModelConfig(**json.loads(metadata[METADATA_KEY]))
-    except TypeError as error:
+        config.check()
+    except (TypeError, ValueError) as error:
         raise WeightsError(f"written by another version of dinoreg ({error})") from None
+    if config.size.depth != depth_of(state):
+        raise WeightsError(f"has {depth_of(state)} blocks, by its own account {config.size.depth}")
     normalisation = json.loads(metadata.get(NORMALISATION_KEY, "null"))
     return Weights(
         state,
@@ -166,7 +179,7 @@ def _own_weights(state: dict[str, Tensor], metadata: Mapping[str, str]) -> Weigh
     )
 
 
-def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def _read_file(path: Path, trust: bool) -> tuple[dict[str, Any], dict[str, str]]:
     """Contents and metadata of one file; the kind is told from its first bytes, since endings are used freely."""
     with path.open("rb") as file:
         start = file.read(9)
@@ -176,10 +189,11 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
                 return {key: tensors.get_tensor(key) for key in tensors.keys()}, tensors.metadata() or {}  # noqa: SIM118
         # Old DINO checkpoints carry their command line; a Namespace of plain values is as harmless as a dict.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=not trust)
     except pickle.UnpicklingError as error:
-        cut = "truncated" in str(error)
-        raise WeightsError("truncated" if cut else "no checkpoint, or one that would run code when opened") from error
+        raise WeightsError(_refusal(str(error))) from error
+    except (ImportError, AttributeError) as error:
+        raise WeightsError(f"needs code that is not installed here ({_first_line(error)})") from error
     # torch's reader takes any bytes for instructions, so what fails in it may be anything.
     except Exception as error:
         raise WeightsError(f"truncated or damaged ({_first_line(error)})") from error
@@ -188,7 +202,20 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return dict(checkpoint), {}
 
 
-def _read_folder(folder: Path) -> Weights:
+def _refusal(message: str) -> str:
+    """Why torch would not open a file, without its advice."""
+    if "truncated" in message:
+        return "truncated"
+    wanted = re.search(r"GLOBAL (\S+)", message)
+    if wanted is None:
+        return "no checkpoint"
+    return (
+        f"would run code when opened: it asks for {wanted.group(1)}; if you trust whoever made it, pass trust=True to "
+        "load_backbone, or set model.init_from_trusted=true for a run"
+    )
+
+
+def _read_folder(folder: Path, trust: bool) -> Weights:
     config_file, index = folder / "config.json", folder / "model.safetensors.index.json"
     config = json.loads(config_file.read_text()) if config_file.is_file() else {}
     kind = config.get("model_type", "dinov2")
@@ -203,7 +230,9 @@ def _read_folder(folder: Path) -> Weights:
         raise WeightsError("a folder without model.safetensors or pytorch_model.bin")
     checkpoint: dict[str, Any] = {}
     for name in names:
-        checkpoint.update(_read_file(folder / name)[0])
+        if Path(name).name != name:
+            raise WeightsError(f"model.safetensors.index.json names {name}, which lies elsewhere")
+        checkpoint.update(_read_file(folder / name, trust)[0])
     return convert(checkpoint, config)
 
 
