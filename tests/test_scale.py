@@ -20,6 +20,7 @@ from rich.console import Console
 from tiny import split_crops, tiny_crops
 from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint._dedup_save_plans import dedup_save_plans
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -40,6 +41,7 @@ from dinoreg.train.cluster import (
     step_time,
 )
 from dinoreg.train.layout import MODES, build, deal_pieces, lay_out, lay_out_first, pretended, save_plan
+from dinoreg.train.optimizer import Optimizer
 from dinoreg.train.prediction import predict
 from dinoreg.train.recipe import RunConfig
 from dinoreg.train.scale import print_scale, split_words
@@ -240,7 +242,7 @@ def test_the_published_step_of_the_fast_setup() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_checkpoint_is_what_the_plans_of_all_ranks_amount_to(mode: str) -> None:
-    config, world, local_world = tiny("objective.targets.centering=centering"), 6, 3
+    config, world, local_world = tiny("objective.targets.centering=centering"), 4, 2
     _, saved = lay_out(config, mode, world, local_world)
     plans = []
     for rank in range(world):
@@ -253,6 +255,17 @@ def test_checkpoint_is_what_the_plans_of_all_ranks_amount_to(mode: str) -> None:
     assert sum(len(plan.items) for plan in final) == saved.pieces
     assert sum(bool(plan.items) for plan in final) == saved.files
     assert metadata.state_dict_metadata
+
+
+def test_a_planned_optimizer_has_the_tensors_of_a_real_one() -> None:
+    config = tiny("train.precision=fp32")
+    with pretended(0, 1, 1) as ranks:
+        plan = save_plan(build(config, "full", ranks), config, 0)
+        student = SelfDistillation(config.objective, config.model, ranks).student
+        state = get_optimizer_state_dict(student, Optimizer(student, config.optim).adamw)["state"]
+    real = {f"optimizer.state.{name}.{key}": value.numel() for name in state for key, value in state[name].items()}
+    data = {item.index.fqn: item.tensor_data for item in plan.items if item.index.fqn.startswith("optimizer.state.")}
+    assert {name: each.size.numel() for name, each in data.items() if each} == real
 
 
 def test_pieces_are_dealt_as_dcp_deals_them() -> None:
@@ -326,10 +339,11 @@ def printed(config: RunConfig, *words: str, width: int = 80) -> str:
     ],
 )
 def test_pages_of_recipes_have_all_parts_and_no_broken_cell(recipe: str, words: list[str]) -> None:
-    text = printed(load(RunConfig, recipe), *words)
+    text = printed(load(RunConfig, recipe, ["model.depth=2"]), *words)
     for part in ("wrapping", "bytes a rank", "busiest moment", "collectives", "time a step", "a checkpoint", "data"):
         assert sum(line.startswith(part) for line in text.splitlines()) == 1 or part == "busiest moment" in text, part
     assert "never compared" in " ".join(text.split())
+    assert max(map(len, text.splitlines())) <= 80
     rows = [line for line in text.splitlines() if line.split(" ")[0] in MODES]
     assert len(rows) == 18 and "\u2026" not in text
     assert len([row for row in rows if " * " in row]) == 6

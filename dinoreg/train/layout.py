@@ -186,12 +186,14 @@ def _local_bytes(tensors: Iterable[Tensor]) -> int:
 
 def save_plan(objective: SelfDistillation, config: RunConfig, rank: int) -> SavePlan:
     """What this rank would offer to write, by DCP's own planner."""
-    optimizer = Optimizer(objective.student, config.optim)
-    for group in optimizer.adamw.param_groups:
-        group["fused"] = False  # no kernels for the meta device; its state has the same tensors
+    adamw = Optimizer(objective.student, config.optim).adamw
+    for group in adamw.param_groups:
+        for parameter in group["params"]:  # what a first step would leave, which no kernel can do without memory
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            adamw.state[parameter] = {"step": torch.zeros(()), **moments}
     state: dict[str, Any] = {
         "objective": objective.state_dict(),
-        "optimizer": get_optimizer_state_dict(objective.student, optimizer.adamw),
+        "optimizer": get_optimizer_state_dict(objective.student, adamw),
     }
     planner = DefaultSavePlanner()
     planner.set_up_planner(state, is_coordinator=rank == 0)

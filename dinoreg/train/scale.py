@@ -11,7 +11,7 @@ from rich.table import Table
 from dinoreg.config import ConfigError, load
 from dinoreg.data.sources import Sources, open_sources
 from dinoreg.train.cluster import HOP_ACROSS, HOP_INSIDE, LINK_SHARE, START, ClusterConfig
-from dinoreg.train.layout import MODES
+from dinoreg.train.layout import MODES, Layout
 from dinoreg.train.prediction import Prediction, predict
 from dinoreg.train.recipe import RunConfig
 from dinoreg.train.schedules import Schedules
@@ -19,6 +19,7 @@ from dinoreg.train.split import Split, split
 
 GIB = 2**30
 FEW_IMAGES = 8  # on a GPU at a time
+MUCH_PADDING = 0.1
 
 
 def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -120,10 +121,19 @@ def _wrapping(predictions: Sequence[Prediction]) -> Section:
         units = f"{students} + {len(layout.units) - students}" if layout.units else "unwrapped"
         padding = f"{layout.padding:.1%}" if layout.units else "-"
         table.add_row(_name(each), units, f"{layout.shards:,}", f"{layout.replicas:,}", padding)
-    return Section(
-        "wrapping, by the real modules on the meta device",
-        table,
-        "units: student + teacher; padding: share of what is gathered that is nobody's weight",
+    note = "units: student + teacher; padding: what is gathered and nobody's weight"
+    worst = max(predictions, key=lambda each: each.layout.padding if each.layout.units else 0.0)
+    if worst.layout.units and worst.layout.padding > MUCH_PADDING:
+        note += f"\nmost of it in {worst.mode}: {_most_padded(worst.layout)}"
+    return Section("wrapping, by the real modules on the meta device", table, note)
+
+
+def _most_padded(layout: Layout) -> str:
+    """FSDP cuts the first dimension: what has fewer rows than there are ranks is sent by each of them, padded."""
+    unit = max(layout.units, key=lambda unit: unit.shard * layout.shards - unit.whole)
+    padded = unit.shard * layout.shards
+    return (
+        f"{unit.name}, {padded / 1e6:,.1f} M numbers gathered for {unit.whole / 1e6:,.1f} M, its tensors have few rows"
     )
 
 
