@@ -2,6 +2,7 @@
 
     nan:5-7:1        the images of steps 5 to 7 are NaN on rank 1: so is the loss
     inf:5            a gradient of step 5 is infinite
+    impatient:1      a server that is silent for a second is asked again, instead of after a minute
     left-out:5       nothing is learnt from step 5, the way a skipped step should leave no trace
     hang:5           step 5 takes for ever
     steady:1-99      these steps take PACE longer each, so that something else can happen meanwhile
@@ -23,6 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from dinoreg.cli import main
 from dinoreg.data.batch import Crops
+from dinoreg.data.remote import Patience
 from dinoreg.objectives.self_distillation import SelfDistillation
 from dinoreg.train.optimizer import Optimizer
 
@@ -51,8 +53,16 @@ def parse(text: str) -> Fault:
     return Fault(kind, int(first), int(last or first))
 
 
+def _local_gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """What this rank holds of it; perhaps nothing."""
+    gradient = torch.empty(0) if parameter.grad is None else parameter.grad
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+
+
 def install(fault: Fault) -> None:
     """Wrap what a step calls."""
+    if fault.kind == "impatient":
+        Patience.__init__.__defaults__ = (1.0, 6, 0.05)  # type: ignore[attr-defined]
     forward_backward, step, update = (
         SelfDistillation.forward_backward, Optimizer.step, SelfDistillation.update_teacher,
     )  # fmt: skip
@@ -67,8 +77,8 @@ def install(fault: Fault) -> None:
             parts[0].global_crops.fill_(torch.nan)
         result = forward_backward(self, parts, **options)
         if fault.hits("inf"):
-            gradient = next(p.grad for p in self.student.parameters() if p.grad is not None)
-            (gradient.to_local() if isinstance(gradient, DTensor) else gradient).view(-1)[:1] = torch.inf
+            gradient = next(grad for grad in map(_local_gradient, self.student.parameters()) if grad.numel())
+            gradient.view(-1)[:1] = torch.inf
         return result
 
     def optimizer_step(self: Optimizer, *args: Any, **options: Any) -> Any:

@@ -154,7 +154,6 @@ class Lab:
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True)
         self.root = Path(self._folder.name)
-        self.root.chmod(0o755)  # one scenario is another user
         self.runs: list[Run] = []
         self._made: dict[Hashable, Any] = {}
         self._lock, self._locks = threading.Lock(), dict[Hashable, threading.Lock]()
@@ -174,9 +173,7 @@ class Lab:
 
     def fresh(self) -> Path:
         """A new, empty folder."""
-        folder = Path(tempfile.mkdtemp(dir=self.root))
-        folder.chmod(0o755)
-        return folder
+        return Path(tempfile.mkdtemp(dir=self.root))
 
     def start(
         self,
@@ -188,7 +185,6 @@ class Lab:
         inject: str | None = None,
         prefix: Sequence[str] = (),
         recipe: Path = RECIPE,
-        user: int | None = None,
     ) -> Run:
         """`dinoreg train` in the background.
 
@@ -207,9 +203,7 @@ class Lab:
             with outputs[-1].open("wb") as out:
                 env = environment(rank, ranks, port) if not torchrun else environment(0, 1, port)
                 processes.append(
-                    subprocess.Popen(
-                        command, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, user=user
-                    )
+                    subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
                 )
         run = Run(run_dir, processes, outputs)
         self.runs.append(run)
@@ -386,6 +380,21 @@ def small_disk(folder: Path, size: str) -> Iterator[None]:
 def resize_disk(folder: Path, size: str) -> None:
     """Another size for a file system of `small_disk`."""
     _mount("-o", f"remount,size={size}", str(folder))
+
+
+def mounting(command: str) -> list[str]:
+    """A prefix for commands, which run where `command` has mounted something that nobody else sees.
+
+    Raises OSError where this is not allowed.
+    """
+    prefix = ["unshare", "-m", "sh", "-c", f'{command} && exec "$@"', "sh"]
+    try:
+        tried = subprocess.run([*prefix, "true"], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise OSError("there is no unshare command") from None
+    if tried.returncode:
+        raise OSError(f"mounting is not allowed: {tried.stderr.strip()}")
+    return prefix
 
 
 def _mount(*words: str) -> None:

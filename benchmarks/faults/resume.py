@@ -5,7 +5,10 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
+
+import torch
 
 from benchmarks.faults.lab import (
     IMAGES,
@@ -13,47 +16,45 @@ from benchmarks.faults.lab import (
     STEPS,
     Lab,
     Outcome,
+    Run,
     Scenario,
     difference,
     judge,
     same,
+    saved_steps,
     went_on_from,
 )
 from dinoreg.config import load
-from dinoreg.data.loader import BatchMaker
-from dinoreg.data.masks import MaskConfig
-from dinoreg.data.sources import StoredEntry, open_sources
+from dinoreg.data.sources import open_sources
+from dinoreg.parallel.mesh import Ranks
+from dinoreg.train.about import About
 from dinoreg.train.recipe import RunConfig
+from dinoreg.train.trainer import open_loader
 
-BATCH = 8  # of the recipe
 
-
-def killed(lab: Lab, data: str, workers: int, ranks: int) -> Outcome:
-    """SIGKILL after a few steps and again while a checkpoint is written, then to the end."""
+def killed(lab: Lab, data: str, workers: int, ranks: int, moments: Sequence[str]) -> Outcome:
+    """SIGKILL at each of `moments`, after a few steps or while a checkpoint is written, then to the end."""
     rng = random.Random(f"{data} {workers} {ranks}")
     run_dir, reference = lab.fresh() / "run", lab.reference(data, ranks)
-    killed_at: list[int] = []
-    again: list[int] = []
-    for moment in ("steps", "writing", None):
+    dead: list[Run] = []
+    for moment in moments:
         run = lab.start(run_dir, f"data.workers={workers}", data=data, ranks=ranks)
-        if moment is None:
-            run.wait()
-        else:
-            run.until_logged(rng.randint(2, 5))
-            if moment == "writing":
-                run.until_writing()
-            time.sleep(rng.uniform(0, 0.03))
-            run.kill()
-        if killed_at:
-            again.append(killed_at[-1] - went_on_from(run))
-        if moment:
-            killed_at.append(max(run.logged()))
+        run.until(partial(saved_steps, run_dir), "checkpoint")
+        run.until_logged(rng.randint(2, 5))
+        if moment == "writing":
+            run.until_writing()
+        time.sleep(rng.uniform(0, 0.05))
+        run.kill()
+        dead.append(run)
+    last = lab.run(run_dir, f"data.workers={workers}", data=data, ranks=ranks)
     phrase, equal = same(run_dir, reference)
-    at = " and ".join(map(str, killed_at))
+    killed_at = [max(run.logged()) for run in dead]
+    again = [step - went_on_from(run) for step, run in zip(killed_at, [*dead[1:], last], strict=True)]
+    at = " and ".join(f"{step} ({moment})" for step, moment in zip(killed_at, moments, strict=True))
     return judge(
-        f"killed after steps {at}, the second time while saving; {phrase}",
+        f"killed after step {at}; {phrase}",
         f"{' + '.join(map(str, again))} steps done again",
-        {"exit code 0": run.codes() == [0] * ranks, "the same run": equal, "it went on": went_on_from(run) > 0},
+        {"exit code 0": last.codes() == [0] * ranks, "the same run": equal, "it went on": went_on_from(last) > 0},
     )
 
 
@@ -96,7 +97,7 @@ def elastic(lab: Lab, before: tuple[int, str], after: tuple[int, str]) -> Outcom
 
 def _uneven_epochs(lab: Lab, start: int, before: int, after: int) -> str:
     """Asks the loaders of all ranks which images they take, before and after `start`."""
-    drawn = [name for step in range(STEPS) for name in _images_of(lab, step, before if step < start else after, start)]
+    drawn = [name for step in range(STEPS) for name in _images_of(lab, step, before if step < start else after)]
     for epoch in range(len(drawn) // IMAGES):
         counts = Counter(drawn[epoch * IMAGES : (epoch + 1) * IMAGES])
         if len(counts) != IMAGES:
@@ -104,31 +105,36 @@ def _uneven_epochs(lab: Lab, start: int, before: int, after: int) -> str:
     return ""
 
 
-def _images_of(lab: Lab, step: int, world: int, start: int) -> list[str]:
+def _images_of(lab: Lab, step: int, world: int) -> list[str]:
     cfg = load(RunConfig, RECIPE, [f"data.sources={lab.sources['folder']}"])
+    sources = open_sources(cfg.data)
     names = []
     for rank in range(world):
-        maker = BatchMaker(
-            open_sources(cfg.data), cfg.crops, cfg.photometric, MaskConfig(probability=0.0), grid=(4, 4), channels=3,
-            batch_size=BATCH, seed=cfg.seed, rank=rank, world=world, start_step=start if step >= start else 0,
-        )  # fmt: skip
-        for number in maker[step].positions.tolist():
-            entry = maker.reader.entry(number)
-            assert isinstance(entry, StoredEntry)
-            names.append(entry.where()[1])
+        ranks = Ranks(rank, world, rank, world, torch.device("cpu"))
+        names += [
+            name for _, name in open_loader(cfg, sources, ranks, start=About(step=step), total=STEPS).maker[step].keys
+        ]
     return names
 
 
-SCENARIOS = [
-    Scenario(
-        f"kill-{data}-{workers}workers-{ranks}rank{'s' * (ranks > 1)}",
-        f"SIGKILL twice: {data}, {workers} workers, {ranks} rank{'s' * (ranks > 1)}",
-        partial(killed, data=data, workers=workers, ranks=ranks),
+def _kill(data: str, workers: int, ranks: int, *moments: str) -> Scenario:
+    many = f"{ranks} rank{'s' * (ranks > 1)}"
+    return Scenario(
+        f"kill-{data}-{workers}workers-{many.replace(' ', '')}",
+        f"SIGKILL{' twice' * (len(moments) > 1)}: {data}, {workers} workers, {many}",
+        partial(killed, data=data, workers=workers, ranks=ranks, moments=moments),
     )
-    for ranks in (1, 2)
-    for data in ("folder", "shards")
-    for workers in (2, 0)
-] + [
+
+
+SCENARIOS = [
+    _kill("folder", 2, 1, "computing", "writing"),
+    _kill("folder", 0, 1, "computing", "writing"),
+    _kill("shards", 2, 1, "computing", "writing"),
+    _kill("shards", 0, 1, "computing", "writing"),
+    _kill("folder", 2, 2, "computing", "writing"),
+    _kill("folder", 0, 2, "writing"),
+    _kill("shards", 2, 2, "writing"),
+    _kill("shards", 0, 2, "computing"),
     Scenario("kill-at-start", "SIGKILL before the first checkpoint and while starting", killed_at_start),
     Scenario("elastic-2-to-1", "2 ranks killed, then 1", partial(elastic, before=(2, "full"), after=(1, "full"))),
     Scenario("elastic-1-to-2", "1 rank killed, then 2", partial(elastic, before=(1, "full"), after=(2, "full"))),

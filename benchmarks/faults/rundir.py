@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import socket
+from pathlib import Path
 
 from benchmarks.faults.lab import (
     Lab,
@@ -15,32 +15,39 @@ from benchmarks.faults.lab import (
     contents,
     draw_images,
     judge,
+    mounting,
     one_line,
     same,
     write_shards,
 )
 
-NOBODY = 65534
 MINE = ("lock", "logs/")  # the lock is taken to look, and the log is where a refusal is told
 
 
 def read_only(lab: Lab) -> Outcome:
-    """A run that was stopped, gone on with by a user who may not write there."""
+    """A run that was stopped, gone on with where nothing can be written."""
     run_dir = lab.crashed(9)
     before = contents(run_dir)
-    run_dir.chmod(0o555)
-    for path in run_dir.rglob("*"):
-        path.chmod(0o555 if path.is_dir() else 0o444)
-    run = lab.run(run_dir, user=NOBODY if os.getuid() == 0 else None)
-    unchanged = contents(run_dir) == before
-    for path in (run_dir, *run_dir.rglob("*")):
-        path.chmod(0o755)
+    try:
+        # By permissions it would be writable for root.
+        prefix = mounting(f"mount --bind {run_dir} {run_dir} && mount -o remount,bind,ro {run_dir}")
+    except OSError:
+        prefix = []
+        _permit(run_dir, folders=0o555, files=0o444)
+    run = lab.run(run_dir, prefix=prefix)
+    _permit(run_dir, folders=0o755, files=0o644)
+    words, unchanged = run.last_words(), contents(run_dir) == before
     return judge(
-        f"exit code {run.codes()[0]}: {brief(run.last_words(), RUN=run_dir)}",
+        f"exit code {run.codes()[0]}: {brief(words, RUN=run_dir)}",
         "nothing" if unchanged else "files changed",
         {"exit code 2": run.codes() == [2], "one line": one_line(run), "nothing changed": unchanged,
-         "it names the place": str(run_dir) in run.last_words()},
+         "it names the place": str(run_dir) in words},
     )  # fmt: skip
+
+
+def _permit(folder: Path, folders: int, files: int) -> None:
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(folders if path.is_dir() else files)
 
 
 def other_config(lab: Lab) -> Outcome:

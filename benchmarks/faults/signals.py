@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 from benchmarks.faults.lab import (
@@ -24,7 +25,7 @@ from benchmarks.faults.lab import (
     went_on_from,
 )
 
-WATCH = "watch.timeout=6"  # seconds without a sign of life
+SILENCE = 6  # seconds without a sign of life
 WITHIN = 30.0  # seconds for the others to end, on a busy machine
 
 
@@ -118,23 +119,25 @@ def twice(lab: Lab) -> Outcome:
     )  # fmt: skip
 
 
-def lost(lab: Lab, number: signal.Signals) -> Outcome:
-    """One of two ranks dies or hangs."""
-    run_dir = lab.fresh() / "run"
-    run = lab.start(run_dir, WATCH, ranks=2)
-    run.until_logged(4)
-    run.send(number, 1)
+def lost(lab: Lab, number: signal.Signals, victim: int) -> Outcome:
+    """One of two ranks dies or freezes."""
+    run_dir, other = lab.fresh() / "run", 1 - victim
+    run = lab.start(run_dir, f"watch.silence={SILENCE}", ranks=2)
+    run.until(partial(saved_steps, run_dir), "checkpoint")
+    run.send(number, victim)
     began = time.monotonic()
-    run.processes[0].wait(WITHIN)
-    seconds, code, words = time.monotonic() - began, run.codes()[0], run.last_words()
+    run.processes[other].wait(WITHIN)
+    seconds, code = time.monotonic() - began, run.codes()[other]
+    words = [line for line in run.said(other).splitlines() if re.search(rf"\brank {victim}\b", line)]
     run.kill()
     again = lab.run(run_dir, ranks=2)
     phrase, equal = same(run_dir, lab.reference(ranks=2))
     return judge(
-        f"rank 0 ends in {seconds:.1f} s with {code}: {brief(words)}; {phrase}",
+        f"rank {other} ends in {seconds:.1f} s with {code}: {brief(words[0], 220) if words else 'no word'}; {phrase}",
         f"{max(run.logged()) - went_on_from(again)} steps done again",
-        {"exit code 76": code == PEER_LOST, "it names rank 1": bool(re.search(r"\brank 1\b", words)),
-         "the same run": equal, "exit code 0 at the end": again.codes() == [0, 0]},
+        {"exit code 76": code == PEER_LOST, f"it names rank {victim}": bool(words), "the same run": equal,
+         "it went on": went_on_from(again) > 0, "exit code 0 at the end": again.codes() == [0, 0],
+         "no traceback": "Traceback" not in run.said(other)},
     )  # fmt: skip
 
 
@@ -152,6 +155,7 @@ SCENARIOS = [
     Scenario("signal-torchrun", "SIGTERM to torchrun with 2 ranks", to_torchrun),
     Scenario("time-limit", "train.time_limit is over", time_limit),
     Scenario("signal-twice", "a second SIGTERM while a step hangs", twice),
-    Scenario("rank-killed", "SIGKILL to one of 2 ranks", lambda lab: lost(lab, signal.SIGKILL)),
-    Scenario("rank-stopped", "SIGSTOP to one of 2 ranks", lambda lab: lost(lab, signal.SIGSTOP)),
+    Scenario("rank-killed", "SIGKILL to one of 2 ranks", lambda lab: lost(lab, signal.SIGKILL, 1)),
+    Scenario("main-rank-killed", "SIGKILL to the main one of 2 ranks", lambda lab: lost(lab, signal.SIGKILL, 0)),
+    Scenario("rank-stopped", "SIGSTOP to one of 2 ranks", lambda lab: lost(lab, signal.SIGSTOP, 1)),
 ]  # fmt: skip

@@ -211,9 +211,11 @@ class Shards:
         shard = self._shard(index)
         try:
             offset = int(self._tables["places"][index, 0])
-            return self._tar(shard), tarindex.member_name(self._descriptor(shard), offset)
+            name = tarindex.member_name(self._descriptor(shard), offset)
         except OSError:
-            return self._tar(shard), f"sample {index}"
+            name = ""
+        # A shard that was cut or written anew has anything there, and the name goes to logs and terminals.
+        return self._tar(shard), name if name and name.isprintable() else f"sample {index}"
 
     def read(self, index: int) -> bytes:
         """Raises BadImage when the shard has gone, was cut or was written anew since the run opened it."""
