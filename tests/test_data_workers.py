@@ -146,12 +146,17 @@ def test_a_run_ends_though_its_workers_are_stuck(folder, tmp_path) -> None:
             time.sleep(0.1)
         python = [pid for pid in below(main.pid) if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         assert len(python) == 3
+        everything = below(main.pid)
         os.kill(max(python), signal.SIGSTOP)
         main.send_signal(signal.SIGINT)
         began = time.monotonic()
         main.wait(timeout=60)
         assert time.monotonic() - began < 40
         assert all_gone(set(python))
+        left = living(everything)
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+        assert len(left) <= 2, "the command of the worker that could still act outlives it"
 
 
 def test_processes_started_meanwhile_are_born_with_the_signals_blocked() -> None:

@@ -120,12 +120,17 @@ def test_members_that_lead_out_of_the_tar_are_refused_by_name(tmp_path) -> None:
     assert "unsafe-path" in REASONS
 
 
-def running(command: str) -> bool:
-    lines = []
-    for file in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):
-            lines.append(file.read_bytes().rstrip(b"\0").replace(b"\0", b" ").decode(errors="replace"))
-    return command in lines
+def ends(command: str) -> bool:
+    """Whether no process of this command line is left, soon."""
+    for _ in range(200):
+        lines = []
+        for file in Path("/proc").glob("[0-9]*/cmdline"):
+            with suppress(OSError):
+                lines.append(file.read_bytes().rstrip(b"\0").replace(b"\0", b" ").decode(errors="replace"))
+        if command not in lines:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def failure(url: str) -> str:
@@ -158,7 +163,7 @@ def test_a_silent_command_is_ended_with_all_it_started(tmp_path) -> None:
     found = list(read_shard(f"pipe:{command}", SOON))
     assert time.monotonic() - began < 20
     assert found[0] == ("00000", b"0") and "no byte for 0.5 s" in str(found[1][1])
-    assert not running("sleep 1234.5")
+    assert ends("sleep 1234.5")
 
 
 def test_a_command_that_goes_on_after_its_tar_does_not_hold_the_reader_up(tmp_path) -> None:
@@ -177,7 +182,7 @@ def test_commands_of_webdataset_are_watched_too(tmp_path, monkeypatch) -> None:
     assert isinstance(stream, Command) and stream.read_some(100) == b"hello"
     with pytest.raises(OSError, match=r"gs://bucket/x\.tar: no byte for 0\.5 s"):
         stream.read(100)
-    assert not running("sleep 1234.25")
+    assert ends("sleep 1234.25")
 
 
 def test_a_scheme_that_nobody_knows_is_one_line() -> None:

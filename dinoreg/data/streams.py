@@ -198,20 +198,19 @@ def _members(url: str, patience: Patience, refused: list[tuple[str, bytes | BadI
         with tarfile.open(fileobj=stream, mode="r|*", bufsize=READ_BYTES, tarinfo=_Header) as tar:  # type: ignore[call-overload]
             for member in tar:
                 tar.members = []  # or every header would be kept
+                if member.size > MAX_BYTES:
+                    # The end: tarfile would look for the next member for as long as this one claims to be.
+                    refused.append((member.name, BadImage("too-large", f"{member.size} bytes by its header")))
+                    return
                 if not member.isreg():
                     continue
                 if not is_safe(member.name):
                     refused.append((member.name, BadImage("unsafe-path", "it leads out of its folder")))
                     continue
-                if member.size > MAX_BYTES:
-                    refused.append((member.name, BadImage("too-large", f"{member.size} bytes by its header")))
-                    continue
                 file = tar.extractfile(member)
                 assert file is not None
                 yield {"fname": member.name, "data": file.read(), "__url__": url}
-    except (
-        Exception
-    ) as error:  # of the network, of tarfile, of decompressors, of a scheme that webdataset does not know
+    except Exception as error:  # of networks, tarfile, decompressors, or a scheme that webdataset does not know
         text = next(iter(str(error).strip().splitlines()), type(error).__name__)
         refused.append(("", BadImage("unreachable", text)))
     finally:

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -70,7 +70,16 @@ def _obey() -> None:
         told = signal.sigtimedwait(SIGNALS, LOOK_EVERY)
         if told is not None and told.si_signo == signal.SIGTERM and told.si_pid == main.pid and deadline is None:
             deadline = time.monotonic() + GRACE
+    _end_commands()
     os._exit(1)  # whatever the worker is stuck in
+
+
+def _end_commands() -> None:
+    """Ends what reads a stream for this worker: a command that waits for a network would wait on."""
+    for file in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):
+            for command in map(int, file.read_text().split()):
+                os.killpg(command, signal.SIGKILL)  # each leads a group
 
 
 def end_workers(workers: Iterable[BaseProcess]) -> None:
