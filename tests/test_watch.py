@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import re
@@ -74,6 +75,9 @@ def enter(rank: int, world: int, port: int, agent: bool, log: str, *args: Any) -
     if agent:  # what torchrun sets where its own process keeps the store
         os.environ.update(TORCHELASTIC_RUN_ID="x", TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+    logger = logging.getLogger("dinoreg")
+    logger.addHandler(logging.FileHandler(f"{log}.log"))
+    logger.setLevel(logging.DEBUG)
     work(*args)
 
 
@@ -129,10 +133,11 @@ def free_port() -> int:
 
 
 def all_end_with(launch: Launch, ranks: Sequence[int], line: str) -> None:
-    """Each of the ranks has said this one line, and nothing like a traceback."""
+    """Each of the ranks has said this one line, to the terminal and to its log, and nothing like a traceback."""
     for rank in ranks:
         assert launch.said(rank) == [line] or re.fullmatch(line, "\n".join(launch.said(rank))), launch.text(rank)
         assert "Traceback" not in launch.text(rank)
+        assert Path(f"{launch.logs[rank]}.log").read_text().splitlines() == launch.said(rank)
 
 
 AGAIN = r"The last checkpoint is whole; start again with the same command\."

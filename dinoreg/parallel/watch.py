@@ -45,6 +45,8 @@ class Watch:
     others' that of the main rank. Who finds something writes the verdict; every rank that reads one prints it and ends
     with EXIT_PEER, whatever its main thread is stuck in.
 
+    Handlers of SIGTERM must outlive it (`with handlers, Watch(...)`): launchers send one to who waits for the verdict.
+
     together: exceptions that all ranks raise at the same place, after which each leaves as at the end of a run. Any
     other is told to the others, who end with it.
     """
