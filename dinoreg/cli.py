@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Threads that spin while they wait for each other cost six times their use as soon as the data workers, or anybody
     # else, want the same cores. OpenMP reads this once, when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a peer that dies is told in one line, not in stack frames
     words = list(sys.argv[1:] if arguments is None else arguments)
     command, rest = _find_command(words)
     if command is None:

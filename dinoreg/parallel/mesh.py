@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import socket
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -15,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+CONTROL_PATIENCE = timedelta(days=1)  # the main process may index shards for hours; who hangs, parallel/watch.py finds
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,18 @@ class Ranks:
         dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.control)
         return int(box)
 
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What `make` gives on the main process, everywhere. Where it raises, the others leave in silence."""
+        value, trouble = None, None
+        if self.is_main:
+            try:
+                value = make()
+            except Exception as error:
+                trouble = error
+        if self.agree(int(trouble is not None)):
+            raise trouble or SystemExit(2)
+        return self.broadcast_object(value)  # type: ignore[return-value]
+
     def gather_objects(self, value: T) -> list[T]:
         """The picklable values of all ranks in their order, everywhere; on the host, as `agree`."""
         if self.world == 1:
@@ -114,6 +130,9 @@ def setup_ranks(timeout_minutes: float = 30) -> Ranks:
     device = _device(local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    _raise_file_limit()
+    # Which process is at fault is for parallel/watch.py to say; NCCL's own guard would end this one first, unnamed.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     timeout = timedelta(minutes=timeout_minutes)
     store: dist.Store = dist.HashStore() if world == 1 else next(dist.rendezvous("env://", rank, world))[0]
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -121,8 +140,15 @@ def setup_ranks(timeout_minutes: float = 30) -> Ranks:
         backend, store=dist.PrefixStore("ranks", store), rank=rank, world_size=world, timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )  # fmt: skip
-    control = dist.new_group(backend="gloo", timeout=timeout) if world > 1 else None
+    control = dist.new_group(backend="gloo", timeout=CONTROL_PATIENCE) if world > 1 else None
     return Ranks(rank, world, local_rank, local_world, device, control, store if world > 1 else None)
+
+
+def _raise_file_limit() -> None:
+    """As many open files as the machine allows: 1,000 ranks connect to the store of the first, twice each."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _device(local_rank: int) -> torch.device:

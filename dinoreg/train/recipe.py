@@ -14,6 +14,7 @@ from dinoreg.data.sources import DataConfig
 from dinoreg.models.vit import ModelConfig
 from dinoreg.objectives.self_distillation import ObjectiveConfig
 from dinoreg.parallel.shard import EfficiencyConfig
+from dinoreg.parallel.watch import WatchConfig
 from dinoreg.train.checkpoint import CheckpointConfig
 from dinoreg.train.monitors import MonitorConfig
 from dinoreg.train.optimizer import OptimConfig
@@ -77,6 +78,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
 
     def check(self) -> None:
         """What must hold between parts; each part has checked itself."""

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -63,27 +63,19 @@ class RunLock:
 
 @contextmanager
 def claimed(cfg: RunConfig, ranks: Ranks) -> Iterator[None]:
-    """Hold the run directory, which must be free and this run's own. Only the main process looks; all end alike.
+    """Hold the run directory, which must be free and this run's own. Only the main process looks.
 
-    Raises ConfigError or OSError there; the others leave in silence with the same exit code.
+    Raises ConfigError or OSError there; the others leave in silence.
     """
-    run_dir, lock, trouble = Path(cfg.run_dir), None, None
-    if ranks.is_main:
-        try:
-            lock = RunLock(run_dir)
+    run_dir = Path(cfg.run_dir)
+    with ExitStack() as held:
+
+        def claim() -> None:
+            held.callback(RunLock(run_dir).close)
             refuse_changes(run_dir / "config.yaml", cfg)
-        except (ConfigError, OSError) as error:
-            trouble = error
-    try:
-        failed = ranks.agree(int(trouble is not None))
-        if trouble is not None:
-            raise trouble
-        if failed:
-            raise SystemExit(2)
+
+        ranks.from_main(claim)
         yield
-    finally:
-        if lock is not None:
-            lock.close()
 
 
 def changes(written: Path, cfg: RunConfig) -> dict[str, tuple[Any, Any]]:

@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,11 +28,13 @@ from dinoreg.models.vit import VisionTransformer, build_vit
 from dinoreg.models.weights import initialise
 from dinoreg.objectives.observation import Observation
 from dinoreg.objectives.self_distillation import SelfDistillation
+from dinoreg.parallel.judge import WITH_OTHERS
 from dinoreg.parallel.mesh import Ranks, setup_ranks
 from dinoreg.parallel.shard import parallelize
+from dinoreg.parallel.watch import Watch
 from dinoreg.train import pictures
 from dinoreg.train.about import About
-from dinoreg.train.checkpoint import Checkpointer
+from dinoreg.train.checkpoint import Checkpointer, CheckpointError
 from dinoreg.train.clock import Clock
 from dinoreg.train.faults import Recent, Trace
 from dinoreg.train.flops import peak_flops, step_flops
@@ -54,6 +56,13 @@ logger = logging.getLogger("dinoreg")
 _GO_ON, _STOP, _NO_DATA = range(3)  # what a rank wishes before a step; the greatest wish of all ranks wins
 
 
+class NoData(DataError):
+    """A rank has no data to go on with; raised by all ranks together, with everything saved."""
+
+
+_TOGETHER = (Stopped, NoData, FloatingPointError, CheckpointError)  # what all ranks raise at the same place
+
+
 def train(cfg: RunConfig) -> Path:
     """Run, or go on with, the training that `cfg` describes.
 
@@ -71,28 +80,36 @@ def train(cfg: RunConfig) -> Path:
     with StopRequests(limit) as stop:
         ranks = setup_ranks()
         try:
-            with claimed(cfg, ranks), logging_to(Path(cfg.run_dir) / "logs", ranks), warnings.catch_warnings():
-                # Features are views of one packed tensor; what FSDP warns of is work on them in place: there is none.
-                warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-                try:
-                    with closing(Trainer(cfg, ranks, stop)) as trainer:
-                        return trainer.run()
-                except BaseException:
-                    logger.debug("ended by", exc_info=True)  # to the log of the rank that it happened on
-                    raise
+            with claimed(cfg, ranks), logging_to(Path(cfg.run_dir) / "logs", ranks):
+                # The others map what the main process found: 1,000 ranks must not each look at 100,000 shards.
+                sources = ranks.from_main(lambda: open_sources(cfg.data, Path(cfg.run_dir) / "data_index"))
+                with Watch(ranks, cfg.watch, _TOGETHER) as watch:
+                    return _run(cfg, ranks, sources, stop, watch)
         finally:
             ranks.close()
+
+
+def _run(cfg: RunConfig, ranks: Ranks, sources: Sources, stop: StopRequests, watch: Watch) -> Path:
+    with warnings.catch_warnings():
+        # Features are views of one packed tensor; what FSDP warns of is work on them in place, and there is none.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        try:
+            with closing(Trainer(cfg, ranks, sources, stop, watch)) as trainer:
+                return trainer.run()
+        except BaseException:
+            logger.debug("ended by", exc_info=True)  # to the log of the rank that it happened on
+            raise
 
 
 class Trainer:
     """One run on one rank."""
 
-    def __init__(self, cfg: RunConfig, ranks: Ranks, stop: StopRequests) -> None:
+    def __init__(self, cfg: RunConfig, ranks: Ranks, sources: Sources, stop: StopRequests, watch: Watch) -> None:
         check_world(cfg, ranks.world)
-        self.cfg, self.ranks, self.stop, self.run_dir = cfg, ranks, stop, Path(cfg.run_dir)
-        self.sources = open_sources(cfg.data)
-        self.schedules = Schedules(cfg, self.sources.num_samples)
-        self._agree_on_sources()
+        sources.check_here()
+        self.cfg, self.ranks, self.sources, self.stop, self.watch = cfg, ranks, sources, stop, watch
+        self.run_dir = Path(cfg.run_dir)
+        self.schedules = Schedules(cfg, sources.num_samples)
         self.checkpointer = Checkpointer(self.run_dir, cfg.checkpoint, ranks)
         checkpoint = self._where_to_start()
         self.objective = build_objective(cfg, ranks, from_weights=checkpoint is None)
@@ -124,6 +141,7 @@ class Trainer:
                 observe = step % self.cfg.monitor.every == 0
                 for sample in batch.bad:
                     logger.debug(f"skipped a sample: {sample}")
+                self.watch.mark(step, "training")
                 seed = row_seed(self.cfg.seed, step, self.ranks.rank)
                 metrics, observation = train_step(
                     self.objective, self.optimizer, self.guard, batch, values, self.cfg, seed, observe,
@@ -137,6 +155,7 @@ class Trainer:
                     collect_garbage()
                 self.report.step_done(step)
                 with self.clock.paused():
+                    self.watch.mark(step, "saving, k-NN or pictures")
                     if saving:
                         self.save(step)
                     self._look_in(step, batch)
@@ -192,11 +211,13 @@ class Trainer:
         host, while the device still computes.
         """
         batch, trouble = None, None
+        self.watch.mark(step, "waiting for data")
         with self.clock.waiting():
             try:
                 batch = next(batches)
             except DataError as error:
                 trouble = error
+        self.watch.mark(step, WITH_OTHERS)
         wish = _NO_DATA if trouble else _STOP if self.stop.reason else _GO_ON
         verdict = self.ranks.agree(wish)
         if batch is None or verdict != _GO_ON:
@@ -207,6 +228,7 @@ class Trainer:
         """Save what is done, and say why it ends here. Every rank comes here together."""
         if done > self.saved:
             self.save(done)
+        self.watch.mark(done, "saving")
         self.checkpointer.wait()
         saved = f"step {done} is saved" if done else "nothing was done yet"
         if verdict == _STOP:
@@ -216,7 +238,7 @@ class Trainer:
         troubles = self.ranks.gather_objects(None if trouble is None else str(trouble))
         rank, words = next((rank, words) for rank, words in enumerate(troubles) if words)
         who = f"rank {rank}: " if self.ranks.world > 1 else ""
-        raise type(trouble or DataError())(f"{who}{words} ({saved})")
+        raise NoData(f"{who}{words} ({saved})")
 
     def save(self, step: int) -> None:
         """Start to write the resumable checkpoint, and the teacher in one file."""
@@ -243,17 +265,9 @@ class Trainer:
         self.ranks.barrier()
         return weights
 
-    def _agree_on_sources(self) -> None:
-        """Ranks that see different files would train on different images, or wait for each other for ever."""
-        seen = self.ranks.broadcast_object(self.sources.num_samples)
-        if seen != self.sources.num_samples:
-            raise ValueError(
-                f"data.sources: rank {self.ranks.rank} finds {self.sources.num_samples} images, the first rank {seen}; "
-                "mount the same files on every node"
-            )
-
     def close(self) -> None:
-        """Let the checkpoint that is being written come to its end."""
+        """End the data workers, and let the checkpoint that is being written come to its end."""
+        self.loader.close()
         self.checkpointer.close()
 
     def _where_to_start(self) -> Path | None:
@@ -275,7 +289,7 @@ class Trainer:
             step=step,
             images=step * self.cfg.train.batch_size,
             world=self.ranks.world,
-            data=None,
+            data=self.sources.fingerprint(),
             streams=merge_positions(self.ranks.gather_objects(self.loader.position(step))),
             bad={reason: count for reason, count in self._bad_so_far().items() if count},
             skipped=int(self.guard.total),
@@ -284,6 +298,10 @@ class Trainer:
 
     def _resume(self, checkpoint: Path) -> About:
         about = About.of(self.checkpointer.load(checkpoint, self.objective, self.optimizer))
+        if checkpoint.parent == self.run_dir / "checkpoints":
+            about.check_data(self.sources.fingerprint(), origin=self.cfg.run_dir)
+        else:  # another run's: this one has shards, samples and a wandb run of its own
+            about = replace(about, streams=None, bad={}, wandb=None)
         step = about.step
         if step > self.schedules.total_steps:
             raise ValueError(
@@ -420,7 +438,8 @@ def build_objective(cfg: RunConfig, ranks: Ranks, from_weights: bool = True) -> 
     torch.manual_seed(cfg.seed)
     objective.init_weights()
     if cfg.model.init_from and from_weights:
-        report = initialise(objective.student["backbone"], cfg.model.init_from)  # type: ignore[arg-type]
+        backbone: VisionTransformer = objective.student["backbone"]  # type: ignore[assignment]
+        report = initialise(backbone, cfg.model.init_from, cfg.model.init_from_trusted)
         objective.teacher["backbone"].load_state_dict(objective.student["backbone"].state_dict())
         if ranks.is_main:
             logger.info(str(report))
