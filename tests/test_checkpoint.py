@@ -13,8 +13,8 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -226,15 +226,40 @@ def _failure_of_one(run: Run, checkpointer: Checkpointer) -> str:
     return str(caught.value)
 
 
-def test_one_process_and_two_exchange_checkpoints_and_failures(tmp_path: Path) -> None:
-    run = Run(0)
+@dataclass
+class Pair:
+    """What two processes did, each with what it returned; and with what they were given."""
+
+    folder: Path
+    given: dict[str, Tensor]
+    exchanged: list[tuple[dict[str, Tensor], dict[str, Tensor], bool, str]]
+    told_of_full_disk: list[list[str]] | None  # None: there was no small disk
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """Starting processes is slow: these do the work of several tests."""
+    folder, run = tmp_path_factory.mktemp("pair"), Run(0)
     torch.manual_seed(77)
-    with closing(Checkpointer(tmp_path / "one", CheckpointConfig(), Ranks.alone())) as checkpointer:
+    with closing(Checkpointer(folder / "one", CheckpointConfig(), Ranks.alone())) as checkpointer:
         run.save(checkpointer, 2)
         checkpointer.wait()
-    (found, saved, kept, words), (found_too, _, kept_too, words_too) = run_ranks(_one_to_two, 2, tmp_path)
-    assert_same(found, run.state())
-    assert_same(found_too, run.state())
+    with small_disk(folder / "disk", "8m") as disk:
+        filler = _save_and_fill_up(disk, 300_000) if disk else None
+        done = run_ranks(_do_both, 2, folder, disk, filler)
+    told = [told for _, told in done] if disk else None
+    return Pair(folder, run.state(), [exchanged for exchanged, _ in done], told)
+
+
+def _do_both(ranks: Ranks, folder: Path, disk: Path | None, filler: Path | None) -> tuple[Any, list[str]]:
+    return _one_to_two(ranks, folder), _on_a_full_disk(ranks, disk, filler) if disk and filler else []
+
+
+def test_one_process_and_two_exchange_checkpoints_and_failures(pair: Pair) -> None:
+    (found, saved, kept, words), (found_too, _, kept_too, words_too) = pair.exchanged
+    run, tmp_path = Run(9), pair.folder
+    assert_same(found, pair.given)
+    assert_same(found_too, pair.given)
     assert not kept and kept_too  # the second rank's generator is not in the checkpoint
     run.resume(tmp_path / "two")
     assert_same(run.state(), saved)
@@ -497,18 +522,26 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(
 
 
 @contextmanager
-def small_disk(path: Path, size: str) -> Iterator[Path]:
+def small_disk(path: Path, size: str) -> Iterator[Path | None]:
+    """None where we may not mount one."""
     path.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a small disk needs root")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path], capture_output=True).returncode:
+        yield None
+        return
     try:
         yield path
     finally:
         subprocess.run(["umount", "-l", path], check=True)
 
 
-def _fill_up(disk: Path, leave: int) -> Path:
+NO_DISK = "mounting a small disk needs root"
+
+
+def _save_and_fill_up(disk: Path, leave: int) -> Path:
+    """Step 1 is saved, then a file takes all room but this."""
+    with closing(Checkpointer(disk / "run", CheckpointConfig(), Ranks.alone())) as checkpointer:
+        Run(0).save(checkpointer, 1)
+        checkpointer.wait()
     filler = disk / "filler"
     room = os.statvfs(disk).f_bavail * os.statvfs(disk).f_bsize
     filler.write_bytes(bytes(room - leave))
@@ -542,27 +575,36 @@ def _on_a_full_disk(ranks: Ranks, disk: Path, filler: Path) -> list[str]:
     return told
 
 
-@pytest.mark.parametrize(("world", "leave"), [(1, 0), (1, 300_000), (2, 300_000)])
-def test_a_full_disk_costs_that_checkpoint_only(world: int, leave: int, tmp_path: Path) -> None:
-    with small_disk(tmp_path / "disk", "8m") as disk:
-        with closing(Checkpointer(disk / "run", CheckpointConfig(), Ranks.alone())) as checkpointer:
-            Run(0).save(checkpointer, 1)
-            checkpointer.wait()
-        args = (disk, _fill_up(disk, leave))
-        first, *others = [_on_a_full_disk(Ranks.alone(), *args)] if world == 1 else run_ranks(_on_a_full_disk, 2, *args)
-    warning, error = first
+def _assert_told(told: list[str]) -> None:
+    warning, error = told
     assert "step_00000002" in warning and "step_00000003" in error
-    for words in first:
+    for words in told:
         assert "No space left on device" in words and "earlier checkpoints are whole" in words and "\n" not in words
-    assert all(told == [error] for told in others)  # the warning is the main process's to give
+
+
+@pytest.mark.parametrize("leave", [0, 300_000])
+def test_a_full_disk_costs_that_checkpoint_only(leave: int, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "8m") as disk:
+        if disk is None:
+            pytest.skip(NO_DISK)
+        _assert_told(_on_a_full_disk(Ranks.alone(), disk, _save_and_fill_up(disk, leave)))
+
+
+def test_a_full_disk_is_told_alike_on_all_ranks(pair: Pair) -> None:
+    if pair.told_of_full_disk is None:
+        pytest.skip(NO_DISK)
+    first, second = pair.told_of_full_disk
+    _assert_told(first)
+    assert second == first[1:]  # the warning is the main process's to give
 
 
 def test_a_disk_that_becomes_read_only_costs_the_run_nothing(tmp_path: Path) -> None:
     run = Run(0)
-    with (
-        small_disk(tmp_path / "disk", "8m") as disk,
-        closing(Checkpointer(disk, CheckpointConfig(), Ranks.alone())) as checkpointer,
-    ):
+    with ExitStack() as stack:
+        disk = stack.enter_context(small_disk(tmp_path / "disk", "8m"))
+        if disk is None:
+            pytest.skip(NO_DISK)
+        checkpointer = stack.enter_context(closing(Checkpointer(disk, CheckpointConfig(), Ranks.alone())))
         run.save(checkpointer, 1)
         checkpointer.wait()
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
