@@ -129,12 +129,10 @@ def _wrapping(predictions: Sequence[Prediction]) -> Section:
 
 
 def _most_padded(layout: Layout) -> str:
-    """FSDP cuts the first dimension: what has fewer rows than there are ranks is sent by each of them, padded."""
+    """FSDP cuts the first dimension: of a tensor with one row, every rank sends a whole tensor's worth."""
     unit = max(layout.units, key=lambda unit: unit.shard * layout.shards - unit.whole)
     padded = unit.shard * layout.shards
-    return (
-        f"{unit.name}, {padded / 1e6:,.1f} M numbers gathered for {unit.whole / 1e6:,.1f} M, its tensors have few rows"
-    )
+    return f"{unit.name}, {padded / 1e6:,.1f} M numbers for {unit.whole / 1e6:,.1f} M, in tensors of few rows"
 
 
 def _held(predictions: Sequence[Prediction]) -> Section:
