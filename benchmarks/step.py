@@ -30,12 +30,13 @@ from dinoreg.data.batch import Batch
 from dinoreg.data.masks import MaskConfig, draw_masks
 from dinoreg.data.photometric import draw
 from dinoreg.parallel.mesh import Ranks, setup_ranks
+from dinoreg.train.build import build_objective
 from dinoreg.train.flops import peak_flops, step_flops
 from dinoreg.train.guard import Guard
 from dinoreg.train.optimizer import Optimizer
 from dinoreg.train.recipe import RunConfig, check_world
 from dinoreg.train.schedules import Schedules
-from dinoreg.train.trainer import build_objective, train_step
+from dinoreg.train.trainer import train_step
 
 PHASES = ("develop", "teacher", "targets", "student", "losses", "backward", "optimizer", "ema")
 PROFILED_STEPS = 3

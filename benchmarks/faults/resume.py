@@ -28,8 +28,8 @@ from dinoreg.config import load
 from dinoreg.data.sources import open_sources
 from dinoreg.parallel.mesh import Ranks
 from dinoreg.train.about import About
+from dinoreg.train.build import open_loader
 from dinoreg.train.recipe import RunConfig
-from dinoreg.train.trainer import open_loader
 
 
 def killed(lab: Lab, data: str, workers: int, ranks: int, moments: Sequence[str]) -> Outcome:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -48,19 +49,24 @@ class KnnMonitor:
         self.std = torch.tensor(photometric.std, device=ranks.device).view(1, -1, 1, 1)
 
     @torch.no_grad()
-    def __call__(self, backbone: VisionTransformer) -> float:
-        """Top-1 accuracy of the features of `backbone`, a module that is whole on this rank, in eval mode."""
-        features, labels = self._embed(backbone, self.train)
+    def __call__(self, backbone: VisionTransformer, on_batch: Callable[[], None] = lambda: None) -> float:
+        """Top-1 accuracy of the features of `backbone`, a module that is whole on this rank, in eval mode.
+
+        on_batch: called now and then, to tell others that this goes on.
+        """
+        features, labels = self._embed(backbone, self.train, on_batch)
         features, labels = self.ranks.gather(features), self.ranks.gather(labels)
         known = labels >= 0
-        asked, truth = self._embed(backbone, self.test)
+        asked, truth = self._embed(backbone, self.test, on_batch)
         asked, truth = asked[truth >= 0], truth[truth >= 0]
         found = knn_classify(features[known], labels[known], asked, k=self.k, num_classes=self.num_classes)
         right = torch.stack([(found == truth).sum(), truth.new_tensor(len(truth))]).double()
         right = self.ranks.sum_(right)
         return float(right[0] / right[1])
 
-    def _embed(self, backbone: VisionTransformer, images: Dataset[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    def _embed(
+        self, backbone: VisionTransformer, images: Dataset[tuple[Tensor, int]], on_batch: Callable[[], None]
+    ) -> tuple[Tensor, Tensor]:
         """Class tokens (n, D) and labels (n,) of this rank's share; padded with the label -1 to equal shares."""
         total = len(images)  # type: ignore[arg-type]
         share = -(-total // self.ranks.world)
@@ -83,6 +89,7 @@ class KnnMonitor:
             features[place] = self._class_tokens(backbone, pixels)
             labels[place] = classes.to(labels.device)
             done += len(classes)
+            on_batch()
             if time.monotonic() - reported > REPORT_EVERY and self.ranks.is_main:
                 reported = time.monotonic()
                 logger.info(f"k-NN: {done / share:.0%} of {total} images embedded")

@@ -201,6 +201,8 @@ def warnings_of(config: RunConfig, num_samples: int | None) -> list[str]:
             f"train.batch_size {batch}: DINOv2 has not been shown to learn from so few; a larger one with "
             "train.accumulate needs no more memory"
         )
+    if batch == 1 and objective.koleo.weight:
+        found.append("objective.koleo.weight: a single image has no neighbours, so KoLeo does nothing")
     if objective.dino.head.prototypes > 64 * batch:
         found.append(
             f"objective.dino.head.prototypes {objective.dino.head.prototypes} for {batch} images a step: many will "

@@ -25,13 +25,14 @@ from dinoreg.models.vit import Features
 from dinoreg.objectives.self_distillation import SelfDistillation
 from dinoreg.parallel.mesh import Ranks, setup_ranks
 from dinoreg.train.about import About
+from dinoreg.train.build import build_objective, open_loader
 from dinoreg.train.checkpoint import Checkpointer
 from dinoreg.train.faults import FAULT
 from dinoreg.train.optimizer import Optimizer
 from dinoreg.train.pictures import crops_picture
 from dinoreg.train.recipe import RunConfig, check_world
 from dinoreg.train.schedules import Schedules
-from dinoreg.train.trainer import build_objective, open_loader, row_seed
+from dinoreg.train.trainer import row_seed
 
 SHOWN = 5  # names of a kind that are printed; report.json has all
 

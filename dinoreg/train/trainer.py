@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -12,28 +11,26 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.profiler import record_function
 
 from dinoreg.config import ConfigError
 from dinoreg.data.batch import Batch
 from dinoreg.data.images import REASONS, DataError
-from dinoreg.data.loader import BatchLoader, build_loader, prefetch_to_device
-from dinoreg.data.masks import MaskConfig
+from dinoreg.data.loader import prefetch_to_device
 from dinoreg.data.photometric import develop
 from dinoreg.data.progress import merge_positions
 from dinoreg.data.sources import Sources, open_sources
 from dinoreg.models.vit import VisionTransformer, build_vit
-from dinoreg.models.weights import initialise
 from dinoreg.objectives.observation import Observation
 from dinoreg.objectives.self_distillation import SelfDistillation
 from dinoreg.parallel.judge import WITH_OTHERS
 from dinoreg.parallel.mesh import Ranks, setup_ranks
-from dinoreg.parallel.shard import parallelize
 from dinoreg.parallel.watch import Watch
 from dinoreg.train import pictures
 from dinoreg.train.about import About
+from dinoreg.train.build import build_objective, open_loader
 from dinoreg.train.checkpoint import Checkpointer, CheckpointError
 from dinoreg.train.clock import Clock
 from dinoreg.train.faults import Recent, Trace
@@ -109,6 +106,7 @@ class Trainer:
         sources.check_here()
         self.cfg, self.ranks, self.sources, self.stop, self.watch = cfg, ranks, sources, stop, watch
         self.run_dir = Path(cfg.run_dir)
+        self.fingerprint = sources.fingerprint()
         self.schedules = Schedules(cfg, sources.num_samples)
         self.checkpointer = Checkpointer(self.run_dir, cfg.checkpoint, ranks)
         checkpoint = self._where_to_start()
@@ -289,7 +287,7 @@ class Trainer:
             step=step,
             images=step * self.cfg.train.batch_size,
             world=self.ranks.world,
-            data=self.sources.fingerprint(),
+            data=self.fingerprint,
             streams=merge_positions(self.ranks.gather_objects(self.loader.position(step))),
             bad={reason: count for reason, count in self._bad_so_far().items() if count},
             skipped=int(self.guard.total),
@@ -299,7 +297,7 @@ class Trainer:
     def _resume(self, checkpoint: Path) -> About:
         about = About.of(self.checkpointer.load(checkpoint, self.objective, self.optimizer))
         if checkpoint.parent == self.run_dir / "checkpoints":
-            about.check_data(self.sources.fingerprint(), origin=self.cfg.run_dir)
+            about.check_data(self.fingerprint, origin=self.cfg.run_dir)
         else:  # another run's: this one has shards, samples and a wandb run of its own
             about = replace(about, streams=None, bad={}, wandb=None)
         step = about.step
@@ -320,7 +318,8 @@ class Trainer:
             return
         teacher = self.teacher()
         if classify and self.knn is not None:
-            self.report.record(step, {"knn/top1": self.knn(teacher)})
+            top1 = self.knn(teacher, lambda: self.watch.mark(step, "k-NN"))
+            self.report.record(step, {"knn/top1": top1})
         if draw and batch is not None and self.ranks.is_main:
             self._draw(step, batch, teacher)
         self.ranks.barrier()
@@ -354,29 +353,6 @@ class Trainer:
             torch.tensor([self.loader.bad[reason] for reason in REASONS], device=self.ranks.device)
         ).tolist()
         return {reason: count + self.about.bad.get(reason, 0) for reason, count in zip(REASONS, counts, strict=True)}
-
-
-def open_loader(cfg: RunConfig, sources: Sources, ranks: Ranks, start: About, total: int) -> BatchLoader:
-    """The loader of this rank for the steps after those of `start` in a run of `total` steps."""
-    side = cfg.crops.global_size // cfg.model.patch_size
-    return build_loader(
-        sources,
-        cfg.data,
-        cfg.crops,
-        cfg.photometric,
-        cfg.masks if cfg.objective.ibot.weight > 0 else MaskConfig(probability=0.0),
-        grid=(side, side),
-        channels=cfg.model.in_channels,
-        batch_size=cfg.train.batch_size,
-        seed=cfg.seed,
-        rank=ranks.rank,
-        world=ranks.world,
-        start_step=start.step,
-        steps=total,
-        local_world=ranks.local_world,
-        stream_position=start.streams,
-        agree=ranks.agree,
-    )
 
 
 def row_seed(seed: int, step: int, rank: int) -> int:
@@ -419,36 +395,3 @@ def train_step(
     with record_function("ema"):
         objective.update_teacher(values.teacher_momentum, skip)
     return metrics, observation
-
-
-def build_objective(cfg: RunConfig, ranks: Ranks, from_weights: bool = True) -> SelfDistillation:
-    """Student, teacher and heads, initialised, then spread over the ranks.
-
-    Every rank fills the same weights from the seed, so the result does not depend on how many there are. Memory is
-    filled with NaN first: a parameter that nothing initialises makes the first loss NaN instead of a silent zero.
-    from_weights: start from `model.init_from`, if given; not needed where a checkpoint will overwrite everything.
-    """
-    with torch.device("meta"):
-        objective = SelfDistillation(cfg.objective, cfg.model, ranks, attention=cfg.efficiency.attention)
-    objective.to_empty(device="cpu")
-    with torch.no_grad():
-        for tensor in objective.state_dict().values():
-            if tensor.is_floating_point():
-                tensor.fill_(math.nan)
-    torch.manual_seed(cfg.seed)
-    objective.init_weights()
-    if cfg.model.init_from and from_weights:
-        backbone: VisionTransformer = objective.student["backbone"]  # type: ignore[assignment]
-        report = initialise(backbone, cfg.model.init_from, cfg.model.init_from_trusted)
-        objective.teacher["backbone"].load_state_dict(objective.student["backbone"].state_dict())
-        if ranks.is_main:
-            logger.info(str(report))
-    _check_filled(objective)
-    parallelize(objective.student, objective.teacher, cfg.efficiency, cfg.train.precision, ranks)
-    return objective.to(ranks.device)
-
-
-def _check_filled(module: nn.Module) -> None:
-    for name, tensor in module.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise RuntimeError(f"{name} was not initialised; its module's init_weights() has to fill it")
