@@ -23,7 +23,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from distributed import run_ranks
 from safetensors.torch import load_file
-from tiny import tiny_config, tiny_crops, tiny_objective
+from tiny import make_crops, tiny_config, tiny_crops, tiny_objective
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -51,15 +51,19 @@ class Run:
                 parameter.add_(seed)
         if shard is not None:
             parallelize(self.objective.student, self.objective.teacher, EfficiencyConfig(shard), "fp32", self.ranks)
+        self.objective.to(self.ranks.device)
         self.optimizer = Optimizer(self.objective.student, OptimConfig())
         for step in range(steps):
             self.step(step)
 
-    def step(self, seed: int) -> None:
+    def step(self, seed: int, before_update: Callable[[], None] = lambda: None) -> None:
         crops = tiny_crops(2, seed=seed * self.ranks.world + self.ranks.rank)
+        tensors = (crops.global_crops, crops.local_crops, crops.masks)
+        crops = make_crops(*(tensor.to(self.ranks.device) for tensor in tensors))
         self.objective.forward_backward([crops], teacher_temperature=0.05, seed=seed)
         for group in self.optimizer.adamw.param_groups:
             group["lr"] = 1e-3
+        before_update()
         self.optimizer.step()
         self.objective.update_teacher(0.9)
 
@@ -297,6 +301,31 @@ def test_training_goes_on_while_it_is_written(checkpointer: Checkpointer, tmp_pa
     other.resume(tmp_path)
     assert_same(other.state(), expected)
     teacher = {f"teacher.backbone.{name}": tensor for name, tensor in load_file(path).items()}
+    assert_same(teacher, {name: tensor for name, tensor in expected.items() if name in teacher})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_a_copy_that_is_late_is_waited_for(tmp_path: Path) -> None:
+    """Forward and backward go on beside it, the update comes after it, and centers were copied before them."""
+    ranks = Ranks.alone("cuda")
+    run, other = Run(0, ranks), Run(1, ranks)
+    with closing(Checkpointer(tmp_path, CheckpointConfig(), ranks)) as checkpointer:
+        run.save(checkpointer, 1)  # gets the memory, for which the device may be waited for
+        checkpointer.wait()
+        expected = run.state()
+        with torch.cuda.stream(checkpointer.staging.stream):
+            torch.cuda._sleep(1_000_000_000)  # clock cycles
+        run.save(checkpointer, 2)
+        assert not checkpointer.staging.done.query()  # nobody waited for it
+        path = checkpointer.save_teacher(2, run.objective.teacher["backbone"], MODEL, PhotometricConfig())
+        drawn = torch.rand(3, device="cuda")
+        run.step(5, checkpointer.staged)
+        checkpointer.wait()
+        assert all(memory.is_pinned() for memory in checkpointer.staging.memory.values())
+    other.resume(tmp_path)
+    assert torch.equal(torch.rand(3, device="cuda"), drawn)
+    assert_same(other.state(), expected)
+    teacher = {f"teacher.backbone.{name}": tensor.cuda() for name, tensor in load_file(path).items()}
     assert_same(teacher, {name: tensor for name, tensor in expected.items() if name in teacher})
 
 
