@@ -62,7 +62,7 @@ def _local_gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
 def install(fault: Fault) -> None:
     """Wrap what a step calls."""
     if fault.kind == "impatient":
-        Patience.__init__.__defaults__ = (1.0, 6, 0.05)  # type: ignore[attr-defined]
+        Patience.__init__.__defaults__ = (1.0, 6, 0.05)
     forward_backward, step, update = (
         SelfDistillation.forward_backward, Optimizer.step, SelfDistillation.update_teacher,
     )  # fmt: skip

@@ -21,7 +21,8 @@ from benchmarks.faults.lab import (
     write_shards,
 )
 
-MINE = ("lock", "logs/")  # the lock is taken to look, and the log is where a refusal is told
+# What a refusal leaves: the lock that it took to look, its words, and the list of the images that it looked at.
+LEFT = ("lock", "logs/", "data_index/")
 
 
 def read_only(lab: Lab) -> Outcome:
@@ -53,9 +54,9 @@ def _permit(folder: Path, folders: int, files: int) -> None:
 def other_config(lab: Lab) -> Outcome:
     """Gone on with under other options; then under options that may change."""
     run_dir = lab.crashed(9)
-    before = contents(run_dir, MINE)
+    before = contents(run_dir, LEFT)
     run = lab.run(run_dir, "optim.lr=0.002", "model.depth=3", "data.workers=1")
-    words, unchanged = run.last_words(), contents(run_dir, MINE) == before
+    words, unchanged = run.last_words(), contents(run_dir, LEFT) == before
     free = lab.run(run_dir, "data.workers=1", "data.prefetch=3", "checkpoint.every=7", "train.max_skipped=4")
     phrase, equal = same(run_dir, lab.reference())
     return judge(
@@ -95,14 +96,14 @@ def two_runs(lab: Lab) -> Outcome:
 def other_images(lab: Lab, kind: str) -> Outcome:
     """Gone on with on as many images, which are others."""
     run_dir = lab.crashed(9, data=kind)
-    before = contents(run_dir, MINE)
+    before = contents(run_dir, LEFT)
     folder = lab.fresh()
     draw_images(folder / "images", seed=7)
     (folder / "images" / "00.jpg").rename(folder / "images" / "0x.jpg")
     if kind == "shards":
         write_shards(folder / "images", folder / "shards")
     run = lab.run(run_dir, data=folder / ("images" if kind == "folder" else "shards"))
-    unchanged = contents(run_dir, MINE) == before
+    unchanged = contents(run_dir, LEFT) == before
     return judge(
         f"exit code {run.codes()[0]}: {brief(run.last_words(), 250, RUN=run_dir)}",
         "nothing" if unchanged else "files changed",

@@ -23,7 +23,7 @@ from dinoreg.data.tarindex import BLOCK
 FOLDER_CHUNK = 1024  # files that count as one shard in the order; they are drawn from the whole folder
 OPEN_SHARDS = 64  # file descriptors a process keeps
 FOREIGN_INDEX = "the index beside the shard is of another one: remove it"
-PROBES = 16  # shards by which a machine tells whether it sees the same files as the main process
+PROBES = 16  # shards by which it is told whether two machines, or a run and the one before, see the same files
 
 
 class Source(Protocol):
@@ -170,15 +170,22 @@ class Shards:
     def identity(self) -> str:
         """A digest of the shards' names (as seen from their common folder), sizes and numbers of samples.
 
-        As long as it is the same, so is what an index means; moving the shards or copying them changes nothing.
+        As long as it is the same, so is what an index means; moving the shards or copying them changes nothing. Sizes
+        of tars are rounded, and may be equal for other images: hence the places of the samples in some of the shards.
         """
         relative = pack_names(_below_common_folder(self.tars))
-        return digest(*relative, self._tables["stamps"][:, 0], self._tables["rows"])
+        rows, places = self._tables["rows"], self._tables["places"]
+        some = [places[rows[shard - 1] if shard else 0 : rows[shard]] for shard in self._probes()]
+        return digest(*relative, self._tables["stamps"][:, 0], rows, *some)
+
+    def _probes(self) -> list[int]:
+        """Some of the shards, for what would take too long for all."""
+        count = len(self._tables["ends"])
+        return sorted(set(np.linspace(0, count - 1, min(count, PROBES)).astype(int).tolist()))
 
     def check_here(self) -> None:
         """Raises ConfigError where this machine sees other files under the names, as copies on its own disk may be."""
-        count = len(self._tables["ends"])
-        for shard in np.unique(np.linspace(0, count - 1, min(count, PROBES)).astype(int)).tolist():
+        for shard in self._probes():
             try:
                 seen = stamp(os.stat(self._tar(shard)), self._tar(shard))  # noqa: PTH116
             except (OSError, ValueError) as error:
