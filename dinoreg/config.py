@@ -24,6 +24,9 @@ from omegaconf.errors import OmegaConfBaseException
 T = TypeVar("T")
 
 COMMAND_LINE = "the command line"
+LONGEST = 120  # characters of a mistake that are shown again
+PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "timestamp", "merge", "value")}
+MAX_NODES = 100_000  # of a recipe with its aliases written out; a page of nested ones would be a thousand million
 
 
 class ConfigError(ValueError):
@@ -77,7 +80,7 @@ def to_yaml(config: Any) -> str:
 def find_recipe(path: str | Path) -> Path:
     """The file that `path` means: itself, with .yaml added, or the recipe of that name shipped with dinoreg."""
     given = Path(path)
-    for candidate in (given, given.with_name(given.name + ".yaml"), *(_shipped(given.name))):
+    for candidate in (given, Path(f"{given}.yaml"), *(_shipped(given.name))):
         if candidate.is_file():
             return candidate
     known = list(recipes())
@@ -163,14 +166,38 @@ def _read_recipe(path: Path, kinds: dict[str, Any], seen: tuple[Path, ...] = ())
     yield from _flatten(root, path, kinds)
 
 
+def _compose_finite(text: str) -> yaml.Node | None:
+    """The nodes of a document, of which nothing has been made yet. Raises YAMLError."""
+    try:
+        root = yaml.compose(text, Loader=_Loader)
+        if root is not None:
+            _count(root, {})
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
+    return root
+
+
+def _count(node: yaml.Node, counts: dict[int, int]) -> int:
+    """Nodes below a node, where each alias counts as what it stands for. Raises YAMLError when there is no end."""
+    if id(node) not in counts:
+        counts[id(node)] = MAX_NODES  # until it is known: whoever holds itself has too many
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        items = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in pairs for part in pair]
+        counts[id(node)] = 1 + sum(_count(item, counts) for item in items)
+    if counts[id(node)] >= MAX_NODES:
+        raise yaml.YAMLError(f"its aliases stand for more than {MAX_NODES} values, or for themselves")
+    return counts[id(node)]
+
+
 def _parse(path: Path) -> yaml.MappingNode:
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader)
+        root = _compose_finite(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         hint = "; quote texts that hold any of {}[],:#" if "flow" in str(getattr(error, "context", "")) else ""
-        raise ConfigError(f"{where}: not readable as YAML: {getattr(error, 'problem', None) or error}{hint}") from None
+        problem = getattr(error, "problem", None) or _first_line(error)
+        raise ConfigError(f"{where}: not readable as YAML: {problem}{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     if root is None:
@@ -181,8 +208,10 @@ def _parse(path: Path) -> yaml.MappingNode:
 
 
 def _find_base(node: yaml.Node, recipe: Path) -> Path:
+    if not isinstance(node, yaml.ScalarNode):
+        raise ConfigError(f"is the name of one recipe (from {_at(recipe, node)})", key="base")
     beside = recipe.parent / str(node.value)
-    for candidate in (beside, beside.with_name(beside.name + ".yaml")):
+    for candidate in (beside, Path(f"{beside}.yaml")):
         if candidate.is_file():
             return candidate
     try:
@@ -199,8 +228,10 @@ def _flatten(root: yaml.MappingNode, path: Path, kinds: dict[str, Any], prefix: 
     """The options of a YAML mapping, with dotted keys; sections are descended into."""
     seen: set[str] = set()
     for name, value in root.value:
-        key = prefix + str(name.value)
         origin = _at(path, name)
+        if not isinstance(name, yaml.ScalarNode):
+            raise ConfigError(f"an option's name is a word (from {origin})", key=prefix.rstrip("."))
+        key = prefix + str(name.value)
         if key in seen:
             raise ConfigError(f"given twice (from {origin})", key=key)
         seen.add(key)
@@ -244,7 +275,7 @@ def _item_node(key: str, item: str) -> yaml.Node:
     if mapping or item[:1] in ("'", '"') or not re.search(r"[][{}:#]", item):
         return _compose(key, item)
     if item.startswith("["):
-        raise ConfigError(f"cannot read the value {item} (from {COMMAND_LINE})", key=key)
+        raise ConfigError(f"cannot read the value {_short(item)} (from {COMMAND_LINE})", key=key)
     return _as_typed(item)
 
 
@@ -260,10 +291,11 @@ def _as_typed(value: str) -> yaml.Node:
 
 def _compose(key: str, value: str) -> yaml.Node:
     try:
-        return yaml.compose(value, Loader=_Loader) or _as_typed(value)
+        return _compose_finite(value) or _as_typed(value)
     except yaml.YAMLError:
         raise ConfigError(
-            f"cannot read the value {value}; put quotes around texts that hold any of {{}}[],:# (from {COMMAND_LINE})",
+            f"cannot read the value {_short(value)}; "
+            f"put quotes around texts that hold any of {{}}[],:# (from {COMMAND_LINE})",
             key=key,
         ) from None
 
@@ -296,25 +328,44 @@ def _apply(config: DictConfig, setting: _Setting, kinds: dict[str, Any]) -> None
     kind = kinds[setting.key]
     try:
         value = _to_value(setting.node, kind)
+        _refuse_resolvers(value)
         OmegaConf.update(config, setting.key, value, merge=False)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{_first_line(error)} (from {setting.origin})", key=setting.key) from None
     except OmegaConfBaseException as error:
         text = f"needs a value of type {_type_name(kind)}" if value is None else _first_line(error)
         raise ConfigError(f"{text} (from {setting.origin})", key=setting.key) from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{_first_line(error)} (from {setting.origin})", key=setting.key) from None
+
+
+def _refuse_resolvers(value: Any) -> None:
+    """`${optim.lr}` means another option; OmegaConf knows more, such as `${oc.env:KEY}`, which reads what is secret."""
+    if isinstance(value, str):
+        for text in re.findall(r"\$\{[^}]*\}?", value):
+            if not re.fullmatch(r"\$\{[\w.\[\]]+\}", text):
+                raise ValueError(f"{text} is not filled in: only names of other options are, as in ${{seed}}")
+    elif isinstance(value, list | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            _refuse_resolvers(item)
 
 
 def _to_value(node: yaml.Node, kind: Any) -> Any:
-    if _is_text(kind) and isinstance(node, yaml.ScalarNode) and not _is_null(node):
+    if _is_text(kind) and isinstance(node, yaml.ScalarNode) and node.tag in PLAIN:
         return node.value  # as written: `name: 007` stays '007'
-    loader = _Loader("")
-    value = loader.construct_document(node)
+    value = _construct(node)
     members = _alternatives(kind)
     if isinstance(value, float) and value.is_integer() and int in members and float not in members:
         return int(value)  # 1e5 steps
     if _is_list(kind) and value is not None and not isinstance(value, list):
         return [value]  # one source needs no brackets
     return value
+
+
+def _construct(node: yaml.Node) -> Any:
+    """Plain values of a node: the safe loader's tags make nothing else. Raises YAMLError."""
+    try:
+        return _Loader("").construct_document(node)
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:  # dates, numbers that are none
+        raise yaml.YAMLError(f"cannot be read as {node.tag.rpartition(':')[2]}: {_first_line(error)}") from None
 
 
 def _is_null(node: yaml.Node) -> bool:
@@ -326,7 +377,12 @@ def _type_name(kind: Any) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return _short(next(iter(str(error).strip().splitlines()), type(error).__name__))
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= LONGEST else text[:LONGEST] + "…"
 
 
 def _check(config: Any, prefix: str = "") -> None:
