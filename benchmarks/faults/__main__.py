@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -78,8 +79,8 @@ def _timed(lab: Lab, scenario: Scenario) -> tuple[Outcome, float]:
 
 def table(rows: list[tuple[Scenario, Outcome, float]]) -> Table:
     """What people read."""
-    shown = Table(show_lines=True, pad_edge=False)
-    for title, ratio in (("fault", 4), ("what happened", 9), ("what was lost", 4)):
+    shown = Table(box=box.ROUNDED, show_lines=True, expand=True)  # without `expand` rich takes no notice of ratios
+    for title, ratio in (("fault", 4), ("what happened", 10), ("what was lost", 3)):
         shown.add_column(title, ratio=ratio, overflow="fold")
     shown.add_column("s", justify="right", no_wrap=True)
     shown.add_column("verdict", no_wrap=True)

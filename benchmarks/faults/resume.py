@@ -18,8 +18,10 @@ from benchmarks.faults.lab import (
     Outcome,
     Run,
     Scenario,
+    brief,
     difference,
     judge,
+    lines_of,
     same,
     saved_steps,
     went_on_from,
@@ -75,6 +77,24 @@ def killed_at_start(lab: Lab) -> Outcome:
         "1 step done again",
         {"exit code 0": run.codes() == [0], "the same run": equal},
     )
+
+
+def killed_streaming(lab: Lab) -> Outcome:
+    """Shards that can only be read from their start go on by whole shards."""
+    pipes = ",".join(f"pipe:cat {shard}" for shard in sorted(lab.sources["shards"].glob("*.tar")))
+    run_dir = lab.fresh() / "run"
+    run = lab.start(run_dir, data=f"[{pipes}]")
+    run.until(partial(saved_steps, run_dir), "checkpoint")
+    run.kill()
+    again = lab.run(run_dir, data=f"[{pipes}]")
+    told = next((line for line in again.said().splitlines() if "stream" in line), "nothing is said")
+    steps = [int(line["step"]) for line in lines_of(run_dir)]
+    return judge(
+        f"killed after step {max(run.logged())}, went on from {went_on_from(again)} to the end: {brief(told, 200)}",
+        f"{max(run.logged()) - went_on_from(again)} steps done again, on other images of the pass",
+        {"exit code 0": again.codes() == [0], "one line a step": steps == list(range(1, STEPS + 1)),
+         "it went on": went_on_from(again) > 0, "it is told": "stream" in told},
+    )  # fmt: skip
 
 
 def elastic(lab: Lab, before: tuple[int, str], after: tuple[int, str]) -> Outcome:
@@ -136,6 +156,7 @@ SCENARIOS = [
     _kill("shards", 2, 2, "writing"),
     _kill("shards", 0, 2, "computing"),
     Scenario("kill-at-start", "SIGKILL before the first checkpoint and while starting", killed_at_start),
+    Scenario("kill-streams", "SIGKILL: shards that can only be streamed", killed_streaming),
     Scenario("elastic-2-to-1", "2 ranks killed, then 1", partial(elastic, before=(2, "full"), after=(1, "full"))),
     Scenario("elastic-1-to-2", "1 rank killed, then 2", partial(elastic, before=(1, "full"), after=(2, "full"))),
     Scenario(
