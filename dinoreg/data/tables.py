@@ -72,7 +72,7 @@ def save_tables(path: Path, key: str, parts: Mapping[str, Iterable[Array]]) -> N
             for name, arrays in parts.items():
                 start, rows, kind = end, 0, ""
                 for part in arrays:
-                    content = part.tobytes()
+                    content = np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
                     check = zlib.crc32(content, check)
                     end += file.write(content)
                     rows, kind = rows + len(part), kind or f"{part.dtype.str}{list(part.shape[1:])}"
