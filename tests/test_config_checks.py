@@ -52,7 +52,7 @@ def test_the_defaults_need_only_a_length() -> None:
         ("train.precision=fp16", "train.precision", "expected one of ['bf16', 'fp32']"),
         ("objective.koleo.group=48", "objective.koleo.group", "48 does not divide train.batch_size 64"),
         ("objective.koleo.group=1", "objective.koleo.group", "1 image has no neighbours"),
-        ("train.batch_size=1", "objective.koleo.group", "has no neighbours"),
+        ("objective.koleo.group=1", "objective.koleo.group", "has no neighbours"),
         ("objective.targets.temperature=0", "objective.targets.temperature", "must be more than 0"),
         ("objective.targets.temperature_warmup=2", "objective.targets.temperature_warmup", "fraction of the run"),
         ("objective.targets.temperature_warmup=200 steps", "objective.targets.temperature_warmup", "longer than"),
@@ -64,6 +64,10 @@ def test_the_defaults_need_only_a_length() -> None:
         ("optim.lr=0", "optim.lr", "must be more than 0"),
         ("monitor.knn_every=100", "monitor.knn_every", "needs monitor.knn_train"),
         ("data.workers=-2", "data.workers", "must be at least -1"),
+        ("seed=9223372036854775808", "seed", "less than 2**63"),
+        ("train.time_limit=90", "train.time_limit", "not a time: '90'"),
+        ("checkpoint.keep_every=1500", "checkpoint.keep_every", "multiple of checkpoint.every"),
+        ("watch.stall=5", "watch.stall", "must be at least watch.silence"),
     ],
 )  # fmt: skip
 def test_each_rule(overrides: str, key: str, says: str) -> None:
@@ -95,7 +99,7 @@ def numeric_leaves() -> list[tuple[str, str]]:
             found.append((key, f"[{', '.join(['-7'] * len(value))}]"))
         elif isinstance(value, int | float) or (value is None and key.startswith(("train.", "model."))):
             found.append((key, "-7"))
-    return [(key, value) for key, value in found if key != "model.init_from"]
+    return [(key, value) for key, value in found if key not in ("model.init_from", "train.go_on_from")]
 
 
 @pytest.mark.parametrize(("key", "value"), numeric_leaves(), ids=str)

@@ -156,6 +156,8 @@ def _check_bounds(config: RunConfig) -> None:
     for key, least in _AT_LEAST.items():
         if _get(config, key) < least:
             raise ConfigError(f"must be at least {least}, not {_get(config, key)}", key=key)
+    if config.seed >= 2**63:
+        raise ConfigError(f"must be less than 2**63, not {config.seed}", key="seed")
     if not all(0 <= beta < 1 for beta in config.optim.betas):
         raise ConfigError(f"must both be at least 0 and less than 1, not {list(config.optim.betas)}", key="optim.betas")
 
