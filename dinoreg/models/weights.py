@@ -42,6 +42,7 @@ def save_backbone(
         save_file({k: t.detach().cpu().contiguous() for k, t in state.items()}, partial, metadata)
         with partial.open("rb") as file:
             os.fsync(file.fileno())  # or a power cut could leave an empty file under the final name
+        partial.chmod(0o644)  # the library makes files that colleagues cannot read
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

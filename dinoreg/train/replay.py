@@ -94,7 +94,7 @@ def _do_again(cfg: RunConfig, ranks: Ranks, folder: Path, step: int) -> tuple[Re
     objective = build_objective(cfg, ranks, from_weights=False)
     optimizer = Optimizer(objective.student, cfg.optim)
     checkpointer = Checkpointer(folder, cfg.checkpoint, ranks)
-    checkpoint = checkpointer.latest()
+    checkpoint = checkpointer.latest(of_another_run=True)
     if checkpoint is None:
         raise ConfigError(f"{folder} has lost its checkpoint, the state before the step")
     checkpointer.load(checkpoint, objective, optimizer)

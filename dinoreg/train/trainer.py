@@ -276,7 +276,7 @@ class Trainer:
         if not (Path(origin) / "checkpoints").is_dir():
             return Path(origin)
         with closing(Checkpointer(Path(origin), self.cfg.checkpoint, self.ranks)) as other:
-            checkpoint = other.latest()
+            checkpoint = other.latest(of_another_run=True)
         if checkpoint is None:
             raise ConfigError(f"{origin} has no checkpoint", key="train.go_on_from")
         return checkpoint
