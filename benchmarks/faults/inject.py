@@ -1,4 +1,4 @@
-"""`dinoreg` with a fault inside: python -m benchmarks.faults.inject KIND:STEPS[:RANK] train ...
+"""Faults inside a process, as KIND:STEPS[:RANK].
 
     nan:5-7:1        the images of steps 5 to 7 are NaN on rank 1: so is the loss
     inf:5            a gradient of step 5 is infinite
@@ -13,7 +13,6 @@ Steps are counted from the start of the process. The product has no hooks for th
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from dinoreg.cli import main
 from dinoreg.data.batch import Crops
 from dinoreg.data.remote import Patience
 from dinoreg.objectives.self_distillation import SelfDistillation
@@ -94,8 +92,3 @@ def install(fault: Fault) -> None:
     SelfDistillation.forward_backward = poisoned  # type: ignore[method-assign]
     Optimizer.step = optimizer_step  # type: ignore[method-assign]
     SelfDistillation.update_teacher = update_teacher  # type: ignore[method-assign]
-
-
-if __name__ == "__main__":
-    install(parse(sys.argv[1]))
-    main(sys.argv[2:])

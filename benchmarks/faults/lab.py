@@ -28,6 +28,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from benchmarks.faults.warm import Child, Warm
+
 T = TypeVar("T")
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -37,6 +39,9 @@ IMAGES, SHARDS = 24, 3
 PATIENCE = 150.0  # seconds for what takes two on an idle machine
 STOPPED, PEER_LOST = 75, 76  # exit codes of `dinoreg train`
 FINAL = re.compile(r"step_\d{8,}")
+
+
+Process = subprocess.Popen[bytes] | Child
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ def impossible(reason: str) -> Outcome:
 class Run:
     """Processes of one start of `dinoreg train`, one a rank (or one launcher), each in a process group of its own."""
 
-    def __init__(self, run_dir: Path, processes: list[subprocess.Popen[bytes]], outputs: list[Path]) -> None:
+    def __init__(self, run_dir: Path, processes: Sequence[Process], outputs: list[Path]) -> None:
         self.run_dir, self.processes, self.outputs = run_dir, processes, outputs
         self.begun, self.seconds = time.monotonic(), 0.0  # when it was started, and how long it took
 
@@ -144,7 +149,7 @@ class Run:
         """SIGKILL for every rank at once, and then for the orphans that they leave."""
         self.send(signal.SIGKILL)
         for process in self.processes:
-            process.wait()
+            process.wait(PATIENCE)
         self.send_to_groups(signal.SIGKILL)
 
 
@@ -157,6 +162,7 @@ class Lab:
         self.runs: list[Run] = []
         self._made: dict[Hashable, Any] = {}
         self._lock, self._locks = threading.Lock(), dict[Hashable, threading.Lock]()
+        self.warm = Warm(environment())
         self.sources = {"folder": self.root / "images", "shards": self.root / "shards"}
         draw_images(self.sources["folder"])
         write_shards(self.sources["folder"], self.sources["shards"])
@@ -169,6 +175,7 @@ class Lab:
     ) -> None:
         for run in self.runs:
             run.send_to_groups(signal.SIGKILL)
+        self.warm.close()
         self._folder.cleanup()
 
     def fresh(self) -> Path:
@@ -183,28 +190,31 @@ class Lab:
         ranks: int = 1,
         torchrun: bool = False,
         inject: str | None = None,
+        cold: bool = False,
         prefix: Sequence[str] = (),
         recipe: Path = RECIPE,
     ) -> Run:
         """`dinoreg train` in the background.
 
         data: 'folder', 'shards', or what else to give as data.sources. inject: a fault of benchmarks/faults/inject.py.
-        prefix: a command that executes the rest.
+        cold: as a new program (see benchmarks/faults/warm.py). prefix: a command that executes the rest.
         """
-        module = ["benchmarks.faults.inject", inject] if inject else ["dinoreg"]
-        launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if torchrun else []
         source = self.sources.get(str(data), data)
-        command = [*prefix, sys.executable, "-m", *launcher, *module, "train", str(recipe)]
-        command += [f"data.sources={source}", f"run_dir={run_dir}", *overrides]
-        outputs, processes, port = [], [], _free_port()
-        talk = self.fresh()
-        for rank in range(1 if torchrun else ranks):
-            outputs.append(talk / f"rank{rank}.txt")
-            with outputs[-1].open("wb") as out:
-                env = environment(rank, ranks, port) if not torchrun else environment(0, 1, port)
-                processes.append(
-                    subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
-                )
+        arguments = ["train", str(recipe), f"data.sources={source}", f"run_dir={run_dir}", *overrides]
+        talk, port, processes = self.fresh(), _free_port(), list[Process]()
+        outputs = [talk / f"rank{rank}.txt" for rank in range(1 if torchrun else ranks)]
+        for rank, out in enumerate(outputs):
+            env = environment() if torchrun else environment(rank, ranks, port)
+            if cold or torchrun or prefix:
+                launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+                module = [*(launcher if torchrun else []), "dinoreg"]
+                command = [*prefix, sys.executable, "-m", *module, *arguments]
+                with out.open("wb") as file:
+                    processes.append(
+                        subprocess.Popen(command, env=env, stdout=file, stderr=file, start_new_session=True)
+                    )
+            else:
+                processes.append(self.warm.start(arguments, env, out, inject))
         run = Run(run_dir, processes, outputs)
         self.runs.append(run)
         return run

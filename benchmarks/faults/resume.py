@@ -64,13 +64,13 @@ def killed_at_start(lab: Lab) -> Outcome:
     """SIGKILL before the first checkpoint, and while the program is starting on one."""
     rng = random.Random(1)
     run_dir = lab.fresh() / "run"
-    run = lab.start(run_dir)
+    run = lab.start(run_dir, cold=True)
     run.until_logged(1)
     run.kill()
-    run = lab.start(run_dir)
+    run = lab.start(run_dir, cold=True)
     time.sleep(rng.uniform(1, 3))
     run.kill()
-    run = lab.run(run_dir)
+    run = lab.run(run_dir, cold=True)
     phrase, equal = same(run_dir, lab.reference())
     return judge(
         f"killed after step 1 and again while starting; {phrase}",
