@@ -30,9 +30,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["dinoreg", "dinoreg.*"]),
+    packages=find_packages(include=["dinoreg", "dinoreg.*", "launch", "launch.*"]),
     cmdclass={"build_py": BuildWithRecipes},
-    entry_points={"console_scripts": ["dinoreg = dinoreg.cli:main"]},
+    entry_points={"console_scripts": ["dinoreg = dinoreg.cli:main", "dinoreg-launch = launch.cli:main"]},
     install_requires=[
         "torch>=2.10",
         "numpy",

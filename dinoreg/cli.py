@@ -9,9 +9,9 @@ import os
 import sys
 import traceback
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from dinoreg.train.recipe import RunConfig
@@ -40,10 +40,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a peer that dies is told in one line, not in stack frames
     words = list(sys.argv[1:] if arguments is None else arguments)
-    command, rest = _find_command(words)
+    run_command("dinoreg", COMMANDS, OVERVIEW, words)
+
+
+def run_command(
+    program: str, commands: Mapping[str, Callable[[Sequence[str]], int]], overview: str, words: Sequence[str]
+) -> NoReturn:
+    """Find the subcommand that `words` begin with, and exit with its status; errors for users become one line."""
+    command, rest = _find_command(commands, words)
     if command is None:
         asked = not words or words[0] in ("-h", "--help", "help")
-        print(OVERVIEW if asked else f"dinoreg: no command '{' '.join(words[:2])}'\n\n{OVERVIEW}", end="")
+        print(overview if asked else f"{program}: no command '{' '.join(words[:2])}'\n\n{overview}", end="")
         sys.exit(0 if asked else 2)
     try:
         sys.exit(command(rest))
@@ -53,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not _is_for_users(error):
             raise
         text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-        print(f"dinoreg: {text}", file=sys.stderr)
+        print(f"{program}: {text}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -95,11 +102,11 @@ def train(words: Sequence[str]) -> int:
     from dinoreg.train.recipe import RunConfig
 
     cluster, overrides = _cluster_words(asked.overrides) if asked.dry_run else ([], asked.overrides)
-    config = load(RunConfig, asked.config, [*_other_lengths_off(overrides), *overrides])
+    config = load(RunConfig, asked.config, [*other_lengths_off(overrides), *overrides])
     if asked.dry_run:
         _print_plan(config, cluster)
         return 0
-    _require_sources(config.data.sources)
+    require_sources(config.data.sources)
     from dinoreg.train.stopping import EXIT_STOPPED, Stopped
     from dinoreg.train.trainer import train as run
 
@@ -129,7 +136,7 @@ def _print_plan(config: RunConfig, cluster: Sequence[str]) -> None:
         print_plan(config)
 
 
-def _other_lengths_off(overrides: Sequence[str]) -> list[str]:
+def other_lengths_off(overrides: Sequence[str]) -> list[str]:
     """A length on the command line takes the place of the recipe's, in whichever unit that is."""
     units = ("steps", "epochs", "images")
     given = [unit for unit in units if any(text.startswith(f"train.{unit}=") for text in overrides)]
@@ -264,9 +271,11 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 }
 
 
-def _find_command(words: Sequence[str]) -> tuple[Callable[[Sequence[str]], int] | None, Sequence[str]]:
+def _find_command(
+    commands: Mapping[str, Callable[[Sequence[str]], int]], words: Sequence[str]
+) -> tuple[Callable[[Sequence[str]], int] | None, Sequence[str]]:
     for length in (2, 1):
-        command = COMMANDS.get(" ".join(words[:length]))
+        command = commands.get(" ".join(words[:length]))
         if command is not None:
             return command, words[length:]
     return None, words
@@ -280,7 +289,8 @@ def _parser(command: str, description: str, epilog: str) -> ArgumentParser:
     )
 
 
-def _require_sources(sources: Sequence[object]) -> None:
+def require_sources(sources: Sequence[object]) -> None:
+    """Raises ConfigError where a run is given no images."""
     from dinoreg.config import ConfigError
 
     if not sources:

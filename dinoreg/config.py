@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 T = TypeVar("T")
 
 COMMAND_LINE = "the command line"
+OTHERS = ("launch",)  # sections of a recipe that are for programs around the run
 LONGEST = 120  # characters of a mistake that are shown again
 PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "timestamp", "merge", "value")}
 MAX_NODES = 100_000  # of a recipe with its aliases written out; a page of nested ones would be a thousand million
@@ -159,6 +160,7 @@ def _read_recipe(path: Path, kinds: dict[str, Any], seen: tuple[Path, ...] = ())
         circle = " -> ".join(str(file) for file in (*seen, path.resolve()))
         raise ConfigError(f"recipes name each other as base in a circle: {circle}")
     root = _parse(path)
+    root.value = [(name, value) for name, value in root.value if name.value not in OTHERS or name.value in kinds]
     base = [value for name, value in root.value if name.value == "base"]
     if base:
         yield from _read_recipe(_find_base(base[0], path), kinds, (*seen, path.resolve()))

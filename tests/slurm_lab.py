@@ -12,13 +12,16 @@ from pathlib import Path
 
 DAEMONS = ("munged", "slurmctld", "slurmd", "srun", "sinfo")
 
+# cred_expire is how long a requeued job waits, 5 s at least; FirstJobId: ports are made from ids, and two clusters may
+# run at once; KillWait: what a job that is cancelled has to save.
 CONF = """
 ClusterName=lab
+FirstJobId={first_job}
 SlurmctldHost={host}({address})
 SlurmctldPort={ports[0]}
 SlurmUser={user}
 SlurmdUser={user}
-AuthInfo=socket={root}/munge/sock
+AuthInfo=socket={root}/munge/sock,cred_expire=5
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 StateSaveLocation={root}/state
 SlurmdSpoolDir={root}/spool/%n
@@ -33,8 +36,15 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-SchedulerParameters=sched_interval=1,batch_sched_delay=0
-KillWait=2
+SchedulerParameters=sched_interval=1,batch_sched_delay=0,bf_interval=1
+JobRequeue=1
+KillWait=10
+KillOnBadExit=1
+MinJobAge=3600
+SlurmctldTimeout=10
+SlurmdTimeout=10
+MessageTimeout=10
+TCPTimeout=2
 NodeName=127.0.0.2 NodeHostname={host} NodeAddr={address} Port={ports[1]} CPUs=2 RealMemory=1000000 State=UNKNOWN
 NodeName=127.0.0.3 NodeHostname={host} NodeAddr={address} Port={ports[2]} CPUs=2 RealMemory=1000000 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
@@ -55,7 +65,8 @@ class SlurmLab:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.env = os.environ | {"SLURM_CONF": str(root / "slurm.conf"), "PATH": _path()}
+        outside = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
+        self.env = outside | {"SLURM_CONF": str(root / "slurm.conf"), "PATH": _path()}
         self._daemons: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> SlurmLab:
@@ -84,7 +95,12 @@ class SlurmLab:
         (munge / "key").chmod(0o600)
         host = socket.gethostname().split(".")[0]
         conf = CONF.format(
-            host=host, address=socket.gethostbyname(host), user=getpass.getuser(), root=self.root, ports=_free_ports(3)
+            host=host,
+            address=socket.gethostbyname(host),
+            user=getpass.getuser(),
+            root=self.root,
+            ports=_free_ports(3),
+            first_job=1 + int(time.time() * 10) % 60_000_000,
         )
         (self.root / "slurm.conf").write_text(conf)
         sock = munge / "sock"

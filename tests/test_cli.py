@@ -120,6 +120,6 @@ def test_own_words_about_input_come_without_traceback(
 
 
 def test_a_length_on_the_command_line_replaces_the_recipes() -> None:
-    assert cli._other_lengths_off(["train.steps=100"]) == ["train.epochs=null", "train.images=null"]
-    assert cli._other_lengths_off(["train.steps=100", "train.epochs=null"]) == []
-    assert cli._other_lengths_off(["seed=1"]) == []
+    assert cli.other_lengths_off(["train.steps=100"]) == ["train.epochs=null", "train.images=null"]
+    assert cli.other_lengths_off(["train.steps=100", "train.epochs=null"]) == []
+    assert cli.other_lengths_off(["seed=1"]) == []

@@ -57,6 +57,7 @@ class StopRequests:
             os.set_blocking(self._writer, False)
             self._previous_wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
             self._previous = {number: signal.signal(number, _noted) for number in SIGNALS}
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # a launcher may have held them back until now
             threading.Thread(target=self._listen, args=(self._reader,), daemon=True, name="signals").start()
         return self
 

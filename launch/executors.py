@@ -1,0 +1,109 @@
+"""submitit's executors, told what a recipe says."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import submitit
+
+from launch.config import LaunchConfig, minutes_of
+from launch.recipe import LaunchedRun
+from launch.task import LOGS
+
+A_YEAR = 365 * 24 * 60  # minutes; submitit wants an end
+LEAVE = 300  # seconds that tasks may end after the first of them; the first tells wandb that it is done
+
+# After all tasks have ended. 75: asked to stop, and saved; 76: another task was lost; above 128: killed. What came
+# otherwise is an error, which would come again. Whoever cancelled the job does not want it back.
+REQUEUE = """\
+code=$?
+if [ "$code" -eq 75 ] || [ "$code" -eq 76 ] || [ "$code" -gt 128 ]; then
+  state=$(squeue -h -j "$SLURM_JOB_ID" -o %T)
+  if [ "$state" = RUNNING ]; then
+    echo "dinoreg-launch: ended with $code; back to the queue, to go on from the last checkpoint"
+    scontrol requeue "$SLURM_JOB_ID"
+  fi
+fi
+exit "$code\""""
+
+
+class SlurmExecutor(submitit.SlurmExecutor):
+    """submitit's, which can also write a script on a machine without Slurm. Who submits has checked for it."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return max(1, super().affinity())
+
+    def script(self) -> str:
+        """What sbatch would be given."""
+        return self._make_submission_file_text(self._submitit_command_str, "")
+
+
+def slurm_executor(config: LaunchedRun, code: Path) -> SlurmExecutor:
+    """Everything in `launch:` as sbatch and srun want it."""
+    asked, run_dir = config.launch, Path(config.run_dir)
+    python = asked.python or ("python3" if asked.container_image else sys.executable)
+    executor = SlurmExecutor(folder=run_dir / LOGS, python=shlex.quote(python))
+    options: dict[str, Any] = {
+        "job_name": run_dir.name,
+        "nodes": asked.nodes,
+        "ntasks_per_node": asked.tasks_a_node,
+        "gpus_per_node": asked.gpus_a_node or None,
+        "cpus_per_task": asked.cpus_a_task,
+        "time": None if asked.time is None else minutes_of(asked.time),
+        "signal_delay_s": asked.signal_seconds,
+        "wckey": None,
+        "stderr_to_stdout": True,
+        "setup": [*surroundings(asked), f"cd {shlex.quote(str(code))}"],  # where Python looks first
+        "teardown": REQUEUE.splitlines(),
+        "srun_args": _srun(asked, run_dir, code),
+        "additional_parameters": {
+            "requeue": True,
+            **({"mem": asked.memory} if asked.memory else {}),
+            **asked.sbatch_options(),
+        },
+    }
+    options |= {name: getattr(asked, name) for name in _NAMED}
+    executor.update_parameters(**options)
+    return executor
+
+
+_NAMED = ("partition", "account", "qos", "constraint", "exclude", "comment")
+
+
+def _srun(asked: LaunchConfig, run_dir: Path, code: Path) -> list[str]:
+    # Tasks that are asked to stop leave one by one, the first one last: none of them is to be killed for that. Those
+    # that wait for a peer that never came are.
+    words = ["--kill-on-bad-exit=0", f"--wait={LEAVE}"]
+    if asked.cpus_a_task is not None:
+        words.append(f"--cpus-per-task={asked.cpus_a_task}")  # since 22.05 srun does not ask sbatch
+    if asked.container_image:
+        mounts = ",".join([f"{run_dir}:{run_dir}", *asked.container_mounts])
+        words += [f"--container-image={asked.container_image}", f"--container-mounts={mounts}"]
+        words.append(f"--container-workdir={code}")
+    return words
+
+
+def local_executor(config: LaunchedRun, code: Path) -> submitit.LocalExecutor:
+    """Tasks of this machine. A shell prepares each, and becomes it."""
+    asked = config.launch
+    lines = [*surroundings(asked), f"cd {shlex.quote(str(code))}", 'exec "$0" "$@"']
+    python = shlex.join(["sh", "-c", "\n".join(lines), asked.python or sys.executable])
+    executor = submitit.LocalExecutor(folder=Path(config.run_dir) / LOGS, python=python)
+    executor.update_parameters(
+        tasks_per_node=asked.tasks_a_node,
+        gpus_per_node=asked.gpus_a_node,
+        timeout_min=A_YEAR if asked.time is None else minutes_of(asked.time),
+        signal_delay_s=asked.signal_seconds,
+        stderr_to_stdout=True,
+    )
+    return executor
+
+
+def surroundings(asked: LaunchConfig) -> list[str]:
+    """Shell lines before Python."""
+    pairs = [text.partition("=") for text in asked.env]
+    return [*asked.setup, *(f"export {name}={shlex.quote(value)}" for name, _, value in pairs)]

@@ -1,0 +1,65 @@
+"""How the jobs of runs are: Slurm's by asking Slurm, local ones by looking for their process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Iterable
+from pathlib import Path
+
+from dinoreg.config import ConfigError
+from launch import slurm
+from launch.record import Job, editing, now, read_jobs
+from launch.slurm import JobState
+
+HERE = ("local", "debug")
+
+
+def active_job(run_dir: Path) -> Job | None:
+    """The run's job, if it waits or runs."""
+    jobs = read_jobs(run_dir)
+    if not jobs:
+        return None
+    state = states({run_dir: jobs[-1]})[run_dir]
+    return jobs[-1] if state is not None and state.active else None
+
+
+def states(jobs: dict[Path, Job]) -> dict[Path, JobState | None]:
+    """How the job of each run is; None where nobody remembers. All of Slurm's are asked for at once."""
+    told = slurm.job_states(job.id for job in jobs.values() if job.cluster not in HERE)
+    return {run: _local(run, job) if job.cluster in HERE else told.get(job.id) for run, job in jobs.items()}
+
+
+def _local(run_dir: Path, job: Job) -> JobState | None:
+    if job.host != socket.gethostname():
+        return JobState("UNKNOWN", f"on {job.host}")
+    return JobState("RUNNING") if _is_alive(run_dir, job) else None
+
+
+def _is_alive(run_dir: Path, job: Job) -> bool:
+    """By its command line too: another process may have the number by now."""
+    try:
+        words = Path(f"/proc/{job.id}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return any(str(run_dir).encode() in word for word in words)
+
+
+def cancel(run_dir: Path) -> Job:
+    """End the job of a run, which saves what it has done if it is given the time. Raises ConfigError."""
+    job = active_job(run_dir)
+    if job is None:
+        raise ConfigError(f"{run_dir} has no job that waits or runs")
+    with editing(run_dir, job.id) as entry:
+        entry.cancelled = now()
+    if job.cluster in HERE:
+        os.kill(int(job.id), signal.SIGTERM)
+    else:
+        slurm.cancel(job.id)
+    return job
+
+
+def latest(run_dirs: Iterable[Path]) -> dict[Path, Job]:
+    """The latest job of each run that has one."""
+    return {run: jobs[-1] for run in run_dirs if (jobs := read_jobs(run))}

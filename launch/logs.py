@@ -1,0 +1,85 @@
+"""The logs of a run's jobs: where they are, following them, and the one line that says why a run ended."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from dinoreg.config import ConfigError
+from launch.jobs import active_job
+from launch.record import Job, read_jobs
+from launch.task import LOGS
+
+TAIL = 1 << 16  # bytes at the end of a log in which its reason is looked for
+PAUSE = 0.5  # seconds between two looks at a log that is followed
+ASK_EVERY = 10.0  # seconds between two questions whether the job still runs
+
+# The line that says what went wrong, the best first: a run's own, a rank's about another, Python's, then Slurm's.
+_REASONS = (
+    re.compile(r"^dinoreg(-launch)?: (?!ended with)(.+)"),
+    re.compile(r"^rank \d+( \(.*\))?,? .*(is gone|failed|hangs|frozen|no sign|stands still).*"),
+    re.compile(r"^(\w+\.)*\w*(Error|Exception|Interrupt)\b.*"),
+    re.compile(r"^(slurmstepd|srun|sbatch|/\S*sh|bash|sh): .+"),
+)
+# What follows from something else, which is said too.
+_NOISE = re.compile(r"Exited with exit code|Job step aborted|STEP \S+ ON|forcing job termination")
+
+
+def log_of(run_dir: Path, job: Job, rank: int = 0) -> Path:
+    """What one task of a job printed, over all its starts; the first task's holds what sbatch said too."""
+    return run_dir / LOGS / f"{job.id}_{rank}_log.out"
+
+
+def why(run_dir: Path, job: Job) -> str | None:
+    """The last line of the first task's latest start that says why it ended; None where nothing does."""
+    path = log_of(run_dir, job)
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL))
+        text = file.read().decode(errors="replace")
+    return reason_in(text.rpartition(f"\njob {job.id}, start ")[2])
+
+
+def reason_in(text: str) -> str | None:
+    """The best line of a log, in the order of _REASONS; of several, the last."""
+    lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line).strip() for line in text.splitlines()]
+    lines = [line for line in lines if line and not _NOISE.search(line)]
+    for pattern in _REASONS:
+        found = [match for line in lines if (match := pattern.match(line))]
+        if found:
+            last = found[-1]
+            return last.group(2) if pattern is _REASONS[0] else last.group(0)
+    return None
+
+
+def read_log(run_dir: Path, rank: int, follow: bool) -> Iterator[str]:
+    """Pieces of the latest job's log; with `follow` until the job ends. Raises ConfigError where there is none."""
+    jobs = read_jobs(run_dir)
+    if not jobs:
+        raise ConfigError(f"{run_dir} was not launched: it has no launch.json")
+    path = log_of(run_dir, jobs[-1], rank)
+    if not follow and not path.exists():
+        raise ConfigError(f"{path} is not there: job {jobs[-1].id} has not begun, or has no task {rank}")
+    position, ended, asked = 0, not follow, time.monotonic()
+    while True:
+        text, position = _from(path, position)
+        if text:
+            yield text
+        elif ended:
+            return
+        else:
+            time.sleep(PAUSE)
+            if time.monotonic() > asked + ASK_EVERY:
+                ended, asked = active_job(run_dir) is None, time.monotonic()
+
+
+def _from(path: Path, position: int) -> tuple[str, int]:
+    if not path.exists():
+        return "", position
+    with path.open("rb") as file:
+        file.seek(position)
+        data = file.read()
+    return data.decode(errors="replace"), position + len(data)

@@ -1,0 +1,90 @@
+"""A table of runs: how far, how fast, how good, and why not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dinoreg.config import ConfigError
+from launch import jobs
+from launch.glance import Glance, glance
+from launch.logs import why
+from launch.record import NAME, Job
+from launch.slurm import JobState
+
+HEADER = ("RUN", "JOB", "STATE", "STEP", "IMG/S", "ETA", "SAVED", "SCORE", "REQUEUES")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run. note: why it waits, or why it ended."""
+
+    run: str
+    job: Job
+    state: str
+    glance: Glance
+    note: str | None
+
+    def cells(self) -> tuple[str, ...]:
+        """As the table shows them."""
+        at, running = self.glance, self.state == "running"
+        return (
+            *(self.run, self.job.id, self.state, f"{at.step}/{at.total or '?'}"),
+            f"{at.images_per_second:.1f}" if at.images_per_second is not None else "-",
+            duration(at.seconds_left) if running and at.seconds_left is not None else "-",
+            *(str(at.checkpoint or "-"), at.score or "-", str(self.job.requeues)),
+        )
+
+
+def find_runs(folders: Sequence[Path]) -> list[Path]:
+    """The launched runs among the folders, and directly or two levels below them. Raises ConfigError without any."""
+    found = [run.parent for folder in folders for pattern in ("", "*/", "*/*/") for run in folder.glob(pattern + NAME)]
+    if not found:
+        raise ConfigError(f"no run was launched in {', '.join(map(str, folders))}: there is no {NAME}")
+    return sorted(dict.fromkeys(found))
+
+
+def rows(runs: Iterable[Path]) -> list[Row]:
+    """One for each run, of its latest job."""
+    latest = jobs.latest(runs)
+    told = jobs.states(latest)
+    return [_row(run, job, told[run]) for run, job in latest.items()]
+
+
+def _row(run: Path, job: Job, state: JobState | None) -> Row:
+    at = glance(run)
+    name = state_name(job, state, at.finished)
+    if state is not None and state.active:
+        note = state.reason if state.name == "PENDING" and state.reason not in ("", "None") else None
+    else:
+        note = None if name == "finished" else why(run, job)
+    return Row(str(run), job, name, at, note)
+
+
+def state_name(job: Job, state: JobState | None, finished: bool) -> str:
+    """One word. Slurm's own where the job is not at its end, or ended by itself without finishing the run."""
+    if state is not None and state.active:
+        return state.name.lower()
+    if finished:
+        return "finished"
+    if job.cancelled or (state is not None and state.name == "CANCELLED"):
+        return "cancelled"
+    return "ended" if state is None or state.name == "COMPLETED" else state.name.lower()
+
+
+def table(found: Sequence[Row]) -> str:
+    """Lines with columns of the same width, and below a run what there is to say about it."""
+    cells = [HEADER, *(row.cells() for row in found)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(HEADER))]
+    lines = ["  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    notes = [None, *(row.note for row in found)]
+    return "\n".join(line + (f"\n    {note}" if note else "") for line, note in zip(lines, notes, strict=True))
+
+
+def duration(seconds: float) -> str:
+    """2d 3:04:05."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return f"{f'{days}d ' if days else ''}{hours}:{minutes:02d}:{rest:02d}"
