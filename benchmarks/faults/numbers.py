@@ -87,7 +87,7 @@ def replayed(lab: Lab) -> Outcome:
     folder = next(iter((run_dir / "faults").glob("step_*")), run_dir / "faults")
     command = [sys.executable, "-m", "dinoreg", "replay", str(folder)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=100)
-    named = re.search(r"modules with output that is not finite.*?: \d+: (\S+?),? ", done.stdout + " ")
+    named = re.search(r"outputs +first after ([\w.]+)", done.stdout)
     losses = re.findall(r"^ ?(loss/\S+ +\S+ +(?:nan|inf))", done.stdout, re.MULTILINE)
     return judge(
         f"exit code {run.codes()[0]}; replay exits {done.returncode} and names "
