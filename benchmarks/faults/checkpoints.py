@@ -10,20 +10,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks.faults.lab import (
-    Lab,
-    Outcome,
-    Scenario,
-    brief,
-    impossible,
-    judge,
-    one_line,
-    resize_disk,
-    same,
-    saved_steps,
-    small_disk,
-    went_on_from,
-)
+from benchmarks.faults.compare import brief, one_line, same, saved_steps, went_on_from
+from benchmarks.faults.lab import Lab, Outcome, Scenario, impossible, judge
+from benchmarks.faults.props import resize_disk, small_disk
 
 NEWEST, BEFORE = 12, 9  # of the checkpoints of a run that was killed after step 12
 

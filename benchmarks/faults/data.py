@@ -12,22 +12,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from benchmarks.faults.lab import (
-    RECIPE,
-    STEPS,
-    Lab,
-    Outcome,
-    Run,
-    Scenario,
-    brief,
-    impossible,
-    judge,
-    lines_of,
-    mounting,
-    one_line,
-    same,
-    write_tar,
-)
+from benchmarks.faults.compare import brief, lines_of, one_line, same
+from benchmarks.faults.lab import RECIPE, STEPS, Lab, Outcome, Run, Scenario, impossible, judge
+from benchmarks.faults.props import mounting, write_tar
 from benchmarks.faults.server import Behaviour, shop
 
 # A batch is a shard then, so that there are shards which nobody has opened yet.

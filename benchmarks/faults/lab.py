@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
-import json
 import os
 import re
 import shutil
@@ -12,22 +10,17 @@ import signal
 import socket
 import subprocess
 import sys
-import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-import numpy as np
-import torch
-from PIL import Image
-from safetensors.torch import load_file
-
+from benchmarks.faults.props import draw_images, write_shards
 from benchmarks.faults.warm import Child, Warm
 
 T = TypeVar("T")
@@ -35,7 +28,6 @@ T = TypeVar("T")
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPE = Path(__file__).with_name("tiny.yaml")
 STEPS = 14  # of the recipe
-IMAGES, SHARDS = 24, 3
 PATIENCE = 150.0  # seconds for what takes two on an idle machine
 STOPPED, PEER_LOST = 75, 76  # exit codes of `dinoreg train`
 FINAL = re.compile(r"step_\d{8,}")
@@ -254,166 +246,6 @@ class Lab:
         lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
         (run_dir / "metrics.jsonl").write_text("".join(lines[: step + 1]))
         return run_dir
-
-
-# -- what became of it -----------------------------------------------------------------------------------------------
-
-
-def lines_of(run_dir: Path) -> list[dict[str, float]]:
-    """metrics.jsonl."""
-    path = run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def learnt(run_dir: Path) -> dict[int, dict[str, float]]:
-    """Losses and gradient norms by step."""
-    return {
-        int(line["step"]): {name: value for name, value in line.items() if name.startswith(("loss/", "grad_norm/"))}
-        for line in lines_of(run_dir)
-    }
-
-
-def teacher_of(run_dir: Path) -> dict[str, torch.Tensor]:
-    """The last one; nothing where there is none."""
-    path = run_dir / "teacher" / f"step_{STEPS:08d}.safetensors"
-    return load_file(path) if path.exists() else {}
-
-
-def saved_steps(run_dir: Path) -> list[int]:
-    """Steps of the checkpoints that have their final name."""
-    return sorted(int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step_*") if FINAL.fullmatch(path.name))
-
-
-def difference(found: Path, expected: Path, tolerance: float = 0.0) -> str:
-    """Where two finished runs differ first, in words; empty where they are the same, for tolerance 0 bit for bit.
-
-    Compared are all losses and gradient norms of all steps, that there is one line a step, and the last teacher.
-    """
-    steps = [int(line["step"]) for line in lines_of(found)]
-    if steps != list(range(1, STEPS + 1)):
-        return f"metrics.jsonl has steps {steps}"
-    ours, theirs = learnt(found), learnt(expected)
-    for step, numbers in theirs.items():
-        for name, value in numbers.items():
-            if not _close(ours[step].get(name), value, tolerance):
-                return f"{name} of step {step} is {ours[step].get(name)}, not {value}"
-    other = teacher_of(expected)
-    if not (mine := teacher_of(found)):
-        return "there is no last teacher"
-    for name, tensor in other.items():
-        # The gradient of the keys' bias is rounding alone, which AdamW makes as large as any other: hence 10 x.
-        same = torch.allclose(mine[name], tensor, rtol=0, atol=10 * tolerance)
-        if not same:
-            return f"teacher {name} differs by {(mine[name] - tensor).abs().max():.2g}"
-    return ""
-
-
-def _close(found: float | None, expected: float, tolerance: float) -> bool:
-    if found is None or isinstance(found, str) or isinstance(expected, str):
-        return found == expected
-    return abs(found - expected) <= tolerance * max(1.0, abs(expected))
-
-
-def same(found: Path, expected: Path) -> tuple[str, bool]:
-    """How two finished runs compare bit for bit: a phrase, and whether they are equal."""
-    other = difference(found, expected)
-    if other:
-        return f"differs: {other}", False
-    return f"{STEPS} steps and teacher bitwise equal", True
-
-
-def one_line(run: Run, rank: int = 0) -> bool:
-    """Whether a rank gave up with one line of its own, not with a traceback."""
-    return bool(run.last_words(rank)) and "Traceback" not in run.said(rank)
-
-
-def brief(text: str, width: int = 160, **places: Path) -> str:
-    """A message, cut to what fits a table; a long path is shown by the name given here."""
-    for name, path in places.items():
-        text = text.replace(str(path), name)
-    text = " ".join(text.split())
-    return text if len(text) <= width else text[: width - 3] + "..."
-
-
-def went_on_from(run: Run) -> int:
-    """The step that a start went on from, by the first step that it logged."""
-    return min(run.logged(), default=STEPS + 1) - 1
-
-
-def contents(folder: Path, leave_out: Sequence[str] = ()) -> dict[str, bytes]:
-    """Every file below a folder by its relative name."""
-    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {name: path.read_bytes() for name, path in files.items() if not name.startswith(tuple(leave_out))}
-
-
-# -- what it is played with ------------------------------------------------------------------------------------------
-
-
-def draw_images(folder: Path, count: int = IMAGES, seed: int = 0) -> None:
-    """Images of smooth noise, in two sizes."""
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(seed)
-    for number in range(count):
-        size = (48, 64) if number % 2 else (80, 56)
-        noise = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
-        noise.resize(size, Image.Resampling.BICUBIC).save(folder / f"{number:02d}.jpg", quality=95)
-
-
-def write_shards(images: Path, folder: Path, count: int = SHARDS) -> None:
-    """The images of a folder in `count` tars."""
-    folder.mkdir(parents=True)
-    files = sorted(images.iterdir())
-    for number in range(count):
-        write_tar(folder / f"shard-{number}.tar", {file.name: file.read_bytes() for file in files[number::count]})
-
-
-def write_tar(path: Path, members: Mapping[str, bytes]) -> None:
-    """A tar of these members, whatever their names."""
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            header = tarfile.TarInfo(name)
-            header.size = len(data)
-            tar.addfile(header, io.BytesIO(data))
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[None]:
-    """A file system of its own on a folder. Raises OSError where this is not allowed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder))
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=False)
-
-
-def resize_disk(folder: Path, size: str) -> None:
-    """Another size for a file system of `small_disk`."""
-    _mount("-o", f"remount,size={size}", str(folder))
-
-
-def mounting(command: str) -> list[str]:
-    """A prefix for commands, which run where `command` has mounted something that nobody else sees.
-
-    Raises OSError where this is not allowed.
-    """
-    prefix = ["unshare", "-m", "sh", "-c", f'{command} && exec "$@"', "sh"]
-    try:
-        tried = subprocess.run([*prefix, "true"], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        raise OSError("there is no unshare command") from None
-    if tried.returncode:
-        raise OSError(f"mounting is not allowed: {tried.stderr.strip()}")
-    return prefix
-
-
-def _mount(*words: str) -> None:
-    try:
-        done = subprocess.run(["mount", *words], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        raise OSError("there is no mount command") from None
-    if done.returncode:
-        raise OSError(f"mounting is not allowed: {done.stderr.strip()}")
 
 
 def _free_port() -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from benchmarks.faults import checkpoints, data, numbers, resume, rundir, signals
-from benchmarks.faults.lab import Lab, Outcome, Scenario, brief
+from benchmarks.faults.compare import brief
+from benchmarks.faults.lab import Lab, Outcome, Scenario
 
 GROUPS = (resume, signals, numbers, checkpoints, rundir, data)
 SCENARIOS: list[Scenario] = [scenario for group in GROUPS for scenario in group.SCENARIOS]

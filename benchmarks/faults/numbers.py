@@ -11,21 +11,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from benchmarks.faults.lab import (
-    IMAGES,
-    STEPS,
-    Lab,
-    Outcome,
-    Run,
-    Scenario,
-    brief,
-    environment,
-    judge,
-    learnt,
-    lines_of,
-    one_line,
-    teacher_of,
-)
+from benchmarks.faults.compare import brief, learnt, lines_of, one_line, teacher_of
+from benchmarks.faults.lab import STEPS, Lab, Outcome, Run, Scenario, environment, judge
+from benchmarks.faults.props import IMAGES
 
 HIT = 5  # the step that a fault is injected into
 

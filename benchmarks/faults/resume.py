@@ -10,22 +10,9 @@ from functools import partial
 
 import torch
 
-from benchmarks.faults.lab import (
-    IMAGES,
-    RECIPE,
-    STEPS,
-    Lab,
-    Outcome,
-    Run,
-    Scenario,
-    brief,
-    difference,
-    judge,
-    lines_of,
-    same,
-    saved_steps,
-    went_on_from,
-)
+from benchmarks.faults.compare import brief, difference, lines_of, same, saved_steps, went_on_from
+from benchmarks.faults.lab import RECIPE, STEPS, Lab, Outcome, Run, Scenario, judge
+from benchmarks.faults.props import IMAGES
 from dinoreg.config import load
 from dinoreg.data.sources import open_sources
 from dinoreg.parallel.mesh import Ranks
@@ -108,7 +95,8 @@ def elastic(lab: Lab, before: tuple[int, str], after: tuple[int, str]) -> Outcom
     start = went_on_from(second)
     uneven = _uneven_epochs(lab, start, before[0], after[0])
     return judge(
-        f"went on from step {start}; {other or 'losses within 1e-5, teacher within 1e-4 of an uninterrupted run on 1 rank'}",
+        f"went on from step {start}; "
+        f"{other or 'losses within 1e-5 and teacher within 1e-4 of an uninterrupted run on 1 rank'}",
         f"{max(first.logged()) - start} steps done again; {uneven or 'each image once an epoch'}",
         {"exit code 0": not any(second.codes()), "the same run": not other, "no image lost or twice": not uneven,
          "it went on": start >= 6},

@@ -7,19 +7,9 @@ import signal
 import socket
 from pathlib import Path
 
-from benchmarks.faults.lab import (
-    Lab,
-    Outcome,
-    Scenario,
-    brief,
-    contents,
-    draw_images,
-    judge,
-    mounting,
-    one_line,
-    same,
-    write_shards,
-)
+from benchmarks.faults.compare import brief, contents, one_line, same
+from benchmarks.faults.lab import Lab, Outcome, Scenario, judge
+from benchmarks.faults.props import draw_images, mounting, write_shards
 
 # What a refusal leaves: the lock that it took to look, its words, and the list of the images that it looked at.
 LEFT = ("lock", "logs/", "data_index/")

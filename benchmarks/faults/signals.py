@@ -8,22 +8,8 @@ import time
 from functools import partial
 from pathlib import Path
 
-from benchmarks.faults.lab import (
-    PEER_LOST,
-    STEPS,
-    STOPPED,
-    Lab,
-    Outcome,
-    Run,
-    Scenario,
-    brief,
-    judge,
-    lines_of,
-    one_line,
-    same,
-    saved_steps,
-    went_on_from,
-)
+from benchmarks.faults.compare import brief, lines_of, one_line, same, saved_steps, went_on_from
+from benchmarks.faults.lab import PEER_LOST, STEPS, STOPPED, Lab, Outcome, Run, Scenario, judge
 
 SILENCE = 6  # seconds without a sign of life
 WITHIN = 30.0  # seconds for the others to end, on a busy machine
