@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import socket
@@ -41,9 +40,7 @@ def find_partition(asked: LaunchConfig, known: dict[str, slurm.Partition]) -> sl
         raise ConfigError(f"there is no default; give one of {', '.join(known)}", key="launch.partition")
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1, cutoff=0)
-            hint = f"; the nearest is {near[0]}" if near else ""
-            raise ConfigError(f"no partition '{name}' here: there are {', '.join(known)}{hint}", key="launch.partition")
+            raise ConfigError(f"there is no '{name}' here, only {', '.join(known)}", key="launch.partition")
     largest = max((known[name] for name in names), key=lambda partition: (partition.gpus, partition.nodes))
     _check_size(asked, largest, ", ".join(names))
     return largest

@@ -17,12 +17,13 @@ A_YEAR = 365 * 24 * 60  # minutes; submitit wants an end
 LEAVE = 300  # seconds that tasks may end after the first of them; the first tells wandb that it is done
 
 # After all tasks have ended. 75: asked to stop, and saved; 76: another task was lost; above 128: killed. What came
-# otherwise is an error, which would come again. Whoever cancelled the job does not want it back.
+# otherwise is an error, which would come again, and so would what kept launch/task.py from saying that it started, and
+# from counting. Whoever cancelled the job does not want it back.
 REQUEUE = """\
 code=$?
-if [ "$code" -eq 75 ] || [ "$code" -eq 76 ] || [ "$code" -gt 128 ]; then
-  state=$(squeue -h -j "$SLURM_JOB_ID" -o %T)
-  if [ "$state" = RUNNING ]; then
+began() { grep -q "^job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1))," LOG; }
+if { [ "$code" -eq 75 ] || [ "$code" -eq 76 ] || [ "$code" -gt 128 ]; } && began; then
+  if [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
     echo "dinoreg-launch: ended with $code; back to the queue, to go on from the last checkpoint"
     scontrol requeue "$SLURM_JOB_ID"
   fi
@@ -58,7 +59,9 @@ def slurm_executor(config: LaunchedRun, code: Path) -> SlurmExecutor:
         "wckey": None,
         "stderr_to_stdout": True,
         "setup": [*surroundings(asked), f"cd {shlex.quote(str(code))}"],  # where Python looks first
-        "teardown": REQUEUE.splitlines(),
+        "teardown": REQUEUE.replace(
+            "LOG", f"{shlex.quote(str(run_dir / LOGS))}/${{SLURM_JOB_ID}}_0_log.out"
+        ).splitlines(),
         "srun_args": _srun(asked, run_dir, code),
         "additional_parameters": {
             "requeue": True,

@@ -21,7 +21,7 @@ _REASONS = (
     re.compile(r"^dinoreg(-launch)?: (?!ended with)(.+)"),
     re.compile(r"^rank \d+( \(.*\))?,? .*(is gone|failed|hangs|frozen|no sign|stands still).*"),
     re.compile(r"^(\w+\.)*\w*(Error|Exception|Interrupt)\b.*"),
-    re.compile(r"^(slurmstepd|srun|sbatch|/\S*sh|bash|sh): .+"),
+    re.compile(r"^(slurmstepd|srun|sbatch|bash|sh|/)\S*: .+"),
 )
 # What follows from something else, which is said too.
 _NOISE = re.compile(r"Exited with exit code|Job step aborted|STEP \S+ ON|forcing job termination")

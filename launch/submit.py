@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Literal
 
 import submitit
+from submitit.core.utils import FailedJobError
 
 from dinoreg.config import ConfigError, to_yaml
 from launch.checks import check_local, check_slurm
@@ -61,16 +63,13 @@ def submit(config: LaunchedRun, cluster: Cluster, code: Snapshot | None = None) 
 
 
 def _to_slurm(config: LaunchedRun, task: Task) -> str:
+    said = io.StringIO()
     try:
-        return str(slurm_executor(config, Path(task.code)).submit(task).job_id)
-    except submitit.core.utils.FailedJobError as error:
-        raise ConfigError(f"nothing is queued: {_said(error)}") from None
-
-
-def _said(error: Exception) -> str:
-    """What sbatch said: submitit passes it on as the cause of its own error."""
-    words = " ".join(str(error.__cause__ or error).split())
-    return words.partition("sbatch: error: ")[2] or words
+        with redirect_stderr(said):  # where submitit prints what sbatch says
+            return str(slurm_executor(config, Path(task.code)).submit(task).job_id)
+    except FailedJobError:
+        words = " ".join(said.getvalue().replace("sbatch: error: ", "").split())
+        raise ConfigError(f"nothing is queued, for sbatch says: {words}") from None
 
 
 def _to_this_machine(config: LaunchedRun, task: Task) -> str:

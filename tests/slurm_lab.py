@@ -39,7 +39,6 @@ SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=1,batch_sched_delay=0,bf_interval=1
 JobRequeue=1
 KillWait=10
-KillOnBadExit=1
 MinJobAge=3600
 SlurmctldTimeout=10
 SlurmdTimeout=10
