@@ -157,6 +157,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 
 def _say_submitted(job: str, run_dir: Path | str) -> None:
+    here = Path.cwd()
+    run_dir = Path(run_dir).relative_to(here) if Path(run_dir).is_relative_to(here) else run_dir
     print(f"job {job}: {run_dir}\nsee it: dinoreg-launch status {run_dir}, dinoreg-launch logs -f {run_dir}")
 
 

@@ -63,7 +63,7 @@ def until(done: Callable[[], object], what: str, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < deadline, f"{what} did not happen within {seconds:.0f} s"
-        time.sleep(0.1)
+        time.sleep(0.3)
 
 
 def metrics(run_dir: Path) -> list[dict[str, float]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 DAEMONS = ("munged", "slurmctld", "slurmd", "srun", "sinfo")
 
 # cred_expire is how long a requeued job waits, 5 s at least; FirstJobId: ports are made from ids, and two clusters may
-# run at once; KillWait: what a job that is cancelled has to save.
+# run at once; KillWait: what a job that is cancelled has to save; GraceTime: what one has that makes room for `high`.
 CONF = """
 ClusterName=lab
 FirstJobId={first_job}
@@ -46,7 +46,11 @@ MessageTimeout=10
 TCPTimeout=2
 NodeName=127.0.0.2 NodeHostname={host} NodeAddr={address} Port={ports[1]} CPUs=2 RealMemory=1000000 State=UNKNOWN
 NodeName=127.0.0.3 NodeHostname={host} NodeAddr={address} Port={ports[2]} CPUs=2 RealMemory=1000000 State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 
 
@@ -116,7 +120,7 @@ class SlurmLab:
             self._daemons.append(subprocess.Popen(command, env=self.env, stdout=out, stderr=out, cwd=self.root))
 
     def _states(self) -> list[str]:
-        command = ["sinfo", "-h", "-N", "-o", "%T"]
+        command = ["sinfo", "-h", "-N", "-p", "main", "-o", "%T"]
         shown = subprocess.run(command, env=self.env, capture_output=True, text=True, check=False)
         return shown.stdout.split()
 

@@ -17,7 +17,7 @@ from launch.record import read_jobs
 
 absent = ", ".join(missing())
 pytestmark = pytest.mark.skipif(bool(absent), reason=f"a real Slurm is not installed: {absent} missing")
-LENGTH = 60  # steps of the long run
+LENGTH = 40  # steps of the long run
 
 
 @pytest.fixture(scope="module")
@@ -71,27 +71,28 @@ def task_of(run_dir: Path, rank: int) -> int:
 def survivor(
     images: Path, env: dict[str, str], checkout: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:
-    """A run on two nodes that was told to stop, and lost a task; and the same run on this machine, undisturbed."""
+    """A run on two nodes that was preempted, and lost a task; and the same run on this machine, undisturbed."""
     folder = tmp_path_factory.mktemp("runs")
     run_dir, calm = folder / "run", folder / "calm"
-    options = [TINY, f"data.sources={images}", *FAST, f"train.steps={LENGTH}", "checkpoint.every=20"]
+    options = [TINY, f"data.sources={images}", *FAST, f"train.steps={LENGTH}", "checkpoint.every=10"]
     where = [f"run_dir={run_dir}", "launch.nodes=2", "launch.cpus_a_task=1"]
     launch_from(checkout, "train", *options, *where, env=env | {"PYTHONPATH": str(checkout)})
     (checkout / "dinoreg" / "train" / "trainer.py").write_text("raise SystemExit('edited after the submission')\n")
     job = job_of(run_dir)
-    until(lambda: steps(run_dir) >= 5, "step 5")
-    subprocess.run(["scancel", "--signal=USR2", job], env=env, check=True)
+    until(lambda: steps(run_dir) >= 3, "step 3")
+    subprocess.run(["srun", "-p", "high", "-N", "2", "--exclusive", "true"], env=env, check=True)
     until(lambda: len(read_jobs(run_dir)[-1].starts) == 2, "a second start")
-    until(lambda: steps(run_dir) >= 25, "step 25")
+    until(lambda: steps(run_dir) >= 12, "step 12")
     os.kill(task_of(run_dir, rank=1), signal.SIGKILL)
     launch("train", *options, f"run_dir={calm}", "launch.gpus_a_node=2", "--cluster", "local", env=env)
     for run in (run_dir, calm):
         until(lambda run=run: steps(run) == LENGTH, f"the end of {run}")
     until(lambda: state(job, env) == "COMPLETED", "the end of the job")
+    until(lambda: "running" not in launch("status", calm, env=env), "the end of the calm one")
     return run_dir, calm
 
 
-def test_a_run_that_was_stopped_and_lost_a_task_learns_what_an_undisturbed_one_does(
+def test_a_run_that_was_preempted_and_lost_a_task_learns_what_an_undisturbed_one_does(
     survivor: tuple[Path, Path],
 ) -> None:
     """Bit for bit, in one metrics.jsonl, with the program as it was when it was submitted."""
@@ -104,7 +105,7 @@ def test_the_record_says_what_was_run_and_where_it_went_on(survivor: tuple[Path,
     run_dir, _ = survivor
     (job,) = read_jobs(run_dir)
     first, second, third = job.starts
-    assert first.step == 0 and 5 <= second.step < 25 and third.step in (20, 40)
+    assert first.step == 0 and 3 <= second.step < 12 and third.step in (10, 20, 30)
     assert [start.nodes for start in job.starts] == ["127.0.0.[2-3]"] * 3
     code = run_dir / job.code
     assert job.commit == (code / "commit.txt").read_text().strip() and job.commit.endswith("+")
@@ -159,7 +160,7 @@ def test_a_job_that_dies_in_its_first_second_says_why(images: Path, env: dict[st
 @pytest.mark.parametrize(
     ("option", "says"),
     [
-        ("launch.partition=gpus", "launch.partition: there is no 'gpus' here, only main"),
+        ("launch.partition=gpus", "launch.partition: there is no 'gpus' here, only main, high"),
         ("launch.gpus_a_node=2", "launch.gpus_a_node: 2 GPUs on a node, but those of partition main have none"),
         ("launch.nodes=4", "launch.nodes: partition main has 2 nodes, not 4"),
         ("launch.sbatch=[reservation=mine]", "nothing is queued, for sbatch says: Batch job submission failed: Req"),
