@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+STARTING = "starting"  # before the first mark: it may take hours to index shards, and only who dies is looked for
 WITH_OTHERS = "waiting for the others"  # the mark of who has come as far as it can alone: never blamed for a stall
 NAMED = 4  # ranks that a line names; a node that dies takes more with it
 ADVICE = "The last checkpoint is whole; start again with the same command."
@@ -21,7 +22,7 @@ class Beat(NamedTuple):
     host: str = ""
     pid: int = 0
     step: int = 0
-    doing: str = "starting"
+    doing: str = STARTING
     idle: float = math.inf  # seconds since the last mark
     why: str = ""  # the error of a rank that lost its peers or left
 
@@ -93,7 +94,7 @@ class Judge:
         if len(self.ranks) == 1 or self.last_of(0).idle <= self.stall:
             return ""
         beats = {rank: self.last_of(rank) for rank in self.present()}
-        if min(beat.idle for beat in beats.values()) <= self.stall:
+        if any(beat.idle <= self.stall or beat.doing == STARTING for beat in beats.values()):
             return ""
         late = behind(beats)
         others = Counter(beat.what() for rank, beat in beats.items() if rank not in late)

@@ -83,7 +83,9 @@ class Ranks:
             except Exception as error:
                 trouble = error
         if self.agree(int(trouble is not None)):
-            raise trouble or SystemExit(2)
+            leaving: BaseException = trouble or SystemExit(2)
+            leaving.together = True  # type: ignore[attr-defined]  # nobody is to blame: parallel/watch.py
+            raise leaving
         return self.broadcast_object(value)  # type: ignore[return-value]
 
     def gather_objects(self, value: T) -> list[T]:

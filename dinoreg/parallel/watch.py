@@ -14,7 +14,7 @@ from types import TracebackType
 import torch.distributed as dist
 
 from dinoreg.config import ConfigError
-from dinoreg.parallel.judge import ADVICE, ALIVE, LEFT, LOST, WITH_OTHERS, Beat, Judge
+from dinoreg.parallel.judge import ADVICE, ALIVE, LEFT, LOST, STARTING, WITH_OTHERS, Beat, Judge
 from dinoreg.parallel.mesh import Ranks
 
 logger = logging.getLogger("dinoreg")
@@ -48,14 +48,14 @@ class Watch:
     Handlers of SIGTERM must outlive it (`with handlers, Watch(...)`): launchers send one to who waits for the verdict.
 
     together: exceptions that all ranks raise at the same place, after which each leaves as at the end of a run. Any
-    other is told to the others, who end with it.
+    other is told to the others, who end with it; so is none that `Ranks.from_main` raises.
     """
 
     def __init__(self, ranks: Ranks, cfg: WatchConfig, together: tuple[type[BaseException], ...] = ()) -> None:
         self.ranks, self.cfg, self.together = ranks, cfg, together
         self.beat = min(cfg.silence / 6, LONGEST_BEAT)
         self._store: dist.Store  # where there are peers
-        self._mark = (0, "starting")
+        self._mark = (0, STARTING)
         self._host, self._number = socket.gethostname(), 0
         self._seen_mark, self._moved = self._mark, 0.0
         self._state, self._why = ALIVE, ""
@@ -87,7 +87,7 @@ class Watch:
         if error is not None and lost_peers(error):
             self._wait_for_verdict(error)
         try:
-            if error is None or isinstance(error, self.together):
+            if error is None or isinstance(error, self.together) or getattr(error, "together", False):
                 self._leave(error)
             else:
                 self._fail(error)

@@ -102,7 +102,7 @@ class Checkpointer:
             for leftover in self.teachers.glob(".step_*.part"):
                 leftover.unlink(missing_ok=True)
         while (step := self._from_main(partial(self.folder.newest, tried))) is not None:
-            problem = self.folder.problem_of(step, self.peers)
+            problem = self.folder.problem_of(self.folder.of(step), self.peers)
             if problem is None:
                 return self.folder.of(step)
             tried.append(step)
@@ -117,6 +117,11 @@ class Checkpointer:
                 "start from the beginning"
             )
         return None
+
+    def check(self, checkpoint: Path) -> None:
+        """Raises CheckpointError when this one, wherever it lies, is no whole checkpoint."""
+        if problem := self.folder.problem_of(checkpoint, self.peers):
+            raise CheckpointError(f"{checkpoint} cannot be gone on from: {problem}")
 
     def save(self, step: int, objective: nn.Module, optimizer: Optimizer, about: dict[str, Any]) -> None:
         """Start to write the checkpoint of `step`, unless it is there already. Waits for the one before.
@@ -148,10 +153,14 @@ class Checkpointer:
             whole: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if self.ranks.is_main:
                 state |= self.teacher_staging.copy({name: whole})
-        path = self.teachers / f"step_{step:08d}.safetensors"
+        path = self.teacher_path(step)
         extra = {"step": str(step), NORMALISATION_KEY: json.dumps([images.mean, images.std])}
         self.teacher_job = self._start(self._write_teacher, path, state, config, extra)
         return path
+
+    def teacher_path(self, step: int) -> Path:
+        """The file of the teacher after `step` steps."""
+        return self.teachers / f"step_{step:08d}.safetensors"
 
     def wait(self) -> None:
         """Until what was started is on the disk. Raises CheckpointError when it could not be written."""

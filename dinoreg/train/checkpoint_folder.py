@@ -72,9 +72,9 @@ class CheckpointFolder:
         for leftover in self.path.glob("step_*.old"):
             shutil.rmtree(leftover, ignore_errors=True)
 
-    def problem_of(self, step: int, ranks: Ranks) -> str | None:
+    @staticmethod
+    def problem_of(folder: Path, ranks: Ranks) -> str | None:
         """What is wrong with a checkpoint, if anything. Collective: each rank reads its share of the files."""
-        folder = self.of(step)
         sums, problem = _read(folder) if ranks.is_main else ({}, None)
         sums, problem = ranks.gather_objects((sums, problem))[0]
         for name in sorted(sums)[ranks.rank :: ranks.world]:

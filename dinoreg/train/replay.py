@@ -47,6 +47,7 @@ class Replay:
     modules: list[str] = field(default_factory=list)  # whose output was not finite
     gradients: list[str] = field(default_factory=list)  # parameters whose gradient was not finite
     images: list[str] = field(default_factory=list)  # whose features were not finite
+    keys: list[str] = field(default_factory=list)  # of all images, to be compared with the run's
 
     @property
     def finite(self) -> bool:
@@ -111,8 +112,9 @@ def _do_again(cfg: RunConfig, ranks: Ranks, folder: Path, step: int) -> tuple[Re
     found.gradients = [
         name for name, p in objective.student.named_parameters() if p.grad is not None and not _finite(p.grad)
     ]
+    found.keys = [f"{source} {key}" for source, key in batch.keys]
     broken = [row for part, crops in enumerate(parts) for row in _broken_images(objective, crops, part)]
-    found.images = [f"{source} {key}" for source, key in (batch.keys[row] for row in broken)]
+    found.images = [found.keys[row] for row in broken]
     return found, batch
 
 
@@ -185,7 +187,9 @@ def _show(found: Sequence[Replay], fault: dict[str, Any], ranks: Ranks, picture:
     console.print(table)
     for line in _sentences(found):
         console.print(line, soft_wrap=True, highlight=False)
-    if all(each.finite for each in found):
+    if [key for each in found for key in each.keys] != [name for rank in first["ranks"] for name in rank["images"]]:
+        console.print("[bold red]these are not the run's images:[/] the data, or options of theirs, have changed since")
+    elif all(each.finite for each in found):
         console.print("all is finite now: what broke the step was not in the weights, the images or the arithmetic")
     console.print(f"crops: {picture}", soft_wrap=True, highlight=False)
 

@@ -33,7 +33,9 @@ class Report:
         if speaks:
             run_dir = Path(cfg.run_dir)
             run_dir.mkdir(parents=True, exist_ok=True)
-            (run_dir / "config.yaml").write_text(to_yaml(cfg))
+            fresh = run_dir / "config.yaml.new"
+            fresh.write_text(to_yaml(cfg))
+            fresh.replace(run_dir / "config.yaml")  # at once: what it says guards the run's checkpoints
             self.tracker = Tracker(cfg.tracking, run_dir, asdict(cfg), start.step, logger.info, start.wandb)
             self.progress = Progress(total_steps, start.step)
 
@@ -46,6 +48,11 @@ class Report:
         if self.tracker is not None and self.progress is not None:
             self.progress.close()
             self.tracker.close(failed=kind not in (None, Stopped))
+
+    def sync(self) -> None:
+        """Put on the disk what was recorded; a checkpoint must not survive the readings before it."""
+        if self.tracker is not None:
+            self.tracker.sync()
 
     def step_done(self, step: int) -> None:
         """Move the progress bar; cheap."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -29,8 +31,11 @@ class RunLock:
         run_dir.mkdir(parents=True, exist_ok=True)
         self.path = run_dir / "lock"
         self._file = self.path.open("a+", encoding="utf-8")
-        deadline = time.monotonic() + patience
+        deadline, said = time.monotonic() + patience, False
         while not self._taken():
+            if patience and not said:
+                print(f"{run_dir} is in use by {self._owner()}; waiting up to {patience:.0f} s", file=sys.stderr)
+                said = True
             if time.monotonic() > deadline:
                 raise ConfigError(
                     f"{run_dir} is in use by {self._owner()}; wait for it, end it, or give another", key="run_dir"
@@ -80,16 +85,24 @@ def claimed(cfg: RunConfig, ranks: Ranks) -> Iterator[None]:
 
 def changes(written: Path, cfg: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Option -> (was, is), where the configuration that a run was started with and `cfg` differ."""
-    if not written.is_file():
-        return {}
-    old, new = _flat(load(RunConfig, written)), _flat(cfg)
+    try:
+        before = load(RunConfig, written)
+    except ConfigError as error:
+        raise ConfigError(f"{written} is damaged: {error}", key="run_dir") from None
+    old, new = _flat(before), _flat(cfg)
     return {key: (old[key], new[key]) for key in new if new[key] != old[key]}
 
 
 def refuse_changes(written: Path, cfg: RunConfig) -> None:
     """Raises ConfigError, key by key, when options differ that would make it another run; not where none was saved."""
-    if not any(written.parent.glob("checkpoints/step_*")):
+    if not any(re.fullmatch(r"step_\d+", path.name) for path in written.parent.glob("checkpoints/step_*")):
         return
+    if not written.is_file():
+        raise ConfigError(
+            f"{cfg.run_dir} has checkpoints but no config.yaml, so whose they are cannot be told. Give a new run_dir "
+            f"with train.go_on_from={cfg.run_dir}",
+            key="run_dir",
+        )
     other = {key: pair for key, pair in changes(written, cfg).items() if not is_free(key)}
     if other:
         listed = ", ".join(f"{key}={now} (was {before})" for key, (before, now) in other.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import netrc
@@ -81,6 +82,11 @@ class Tracker:
             import wandb
 
             self._send({f"pictures/{name}": wandb.Image(str(picture)), "step": step})
+
+    def sync(self) -> None:
+        """Let the lines survive a power cut."""
+        with contextlib.suppress(OSError):
+            os.fsync(self._file.fileno())
 
     def close(self, failed: bool = False) -> None:
         """Close the file, and wandb with the exit code it shows as finished or crashed. May be called twice."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -77,11 +78,11 @@ def train(cfg: RunConfig) -> Path:
     with StopRequests(limit) as stop:
         ranks = setup_ranks()
         try:
-            with claimed(cfg, ranks), logging_to(Path(cfg.run_dir) / "logs", ranks):
+            logs = Path(cfg.run_dir) / "logs"
+            with Watch(ranks, cfg.watch, _TOGETHER) as watch, claimed(cfg, ranks), logging_to(logs, ranks):
                 # The others map what the main process found: 1,000 ranks must not each look at 100,000 shards.
                 sources = ranks.from_main(lambda: open_sources(cfg.data, Path(cfg.run_dir) / "data_index"))
-                with Watch(ranks, cfg.watch, _TOGETHER) as watch:
-                    return _run(cfg, ranks, sources, stop, watch)
+                return _run(cfg, ranks, sources, stop, watch)
         finally:
             ranks.close()
 
@@ -102,6 +103,7 @@ class Trainer:
     """One run on one rank."""
 
     def __init__(self, cfg: RunConfig, ranks: Ranks, sources: Sources, stop: StopRequests, watch: Watch) -> None:
+        watch.mark(0, "building the run")
         check_world(cfg, ranks.world)
         sources.check_here()
         self.cfg, self.ranks, self.sources, self.stop, self.watch = cfg, ranks, sources, stop, watch
@@ -114,6 +116,7 @@ class Trainer:
         self.optimizer = Optimizer(self.objective.student, cfg.optim)
         self.about = self._resume(checkpoint) if checkpoint else About()
         self.start = self.saved = self.about.step
+        self.bad = Counter(self.about.bad if ranks.is_main else {})  # of steps that are trained, unlike the loader's
         self.guard, self.recent, self.skipped = Guard(ranks, self.about.skipped), Recent(cfg, ranks), self.about.skipped
         self.loader = open_loader(cfg, self.sources, ranks, self.about, self.schedules.total_steps)
         self.knn = KnnMonitor(cfg.monitor, cfg.model, cfg.photometric, ranks) if cfg.monitor.knn_every else None
@@ -152,11 +155,12 @@ class Trainer:
                     self.log(step, metrics, values, observation)
                     collect_garbage()
                 self.report.step_done(step)
+                self.bad.update(sample.reason for sample in batch.bad)
                 with self.clock.paused():
-                    self.watch.mark(step, "saving, k-NN or pictures")
+                    self.watch.mark(step, "k-NN, pictures or saving")
+                    self._look_in(step, batch)
                     if saving:
                         self.save(step)
-                    self._look_in(step, batch)
         return self._finish(last)
 
     def log(self, step: int, metrics: dict[str, Tensor], values: StepValues, observation: Observation | None) -> None:
@@ -240,9 +244,13 @@ class Trainer:
 
     def save(self, step: int) -> None:
         """Start to write the resumable checkpoint, and the teacher in one file."""
+        self.report.sync()
         self.checkpointer.save(step, self.objective, self.optimizer, asdict(self._about(step)))
-        self.checkpointer.save_teacher(step, self.objective.teacher["backbone"], self.cfg.model, self.cfg.photometric)
+        self._save_teacher(step)
         self.saved = step
+
+    def _save_teacher(self, step: int) -> None:
+        self.checkpointer.save_teacher(step, self.objective.teacher["backbone"], self.cfg.model, self.cfg.photometric)
 
     def teacher(self) -> VisionTransformer:
         """The teacher's backbone as a plain module on every rank, whatever it is sharded over."""
@@ -255,7 +263,7 @@ class Trainer:
     def _finish(self, step: int) -> Path:
         """Wait for the disk, and say where the result lies."""
         self.checkpointer.wait()
-        weights = self.checkpointer.teachers / f"step_{step:08d}.safetensors"
+        weights = self.checkpointer.teacher_path(step)
         if self.ranks.is_main:
             if self.start == step:
                 logger.info(f"{self.run_dir} already has all its {step} steps; give another run_dir to start afresh")
@@ -274,6 +282,7 @@ class Trainer:
         if checkpoint is not None or origin is None:
             return checkpoint
         if not (Path(origin) / "checkpoints").is_dir():
+            self.checkpointer.check(Path(origin))
             return Path(origin)
         with closing(Checkpointer(Path(origin), self.cfg.checkpoint, self.ranks)) as other:
             checkpoint = other.latest(of_another_run=True)
@@ -297,7 +306,9 @@ class Trainer:
     def _resume(self, checkpoint: Path) -> About:
         about = About.of(self.checkpointer.load(checkpoint, self.objective, self.optimizer))
         if checkpoint.parent == self.run_dir / "checkpoints":
-            about.check_data(self.fingerprint, origin=self.cfg.run_dir)
+            self.ranks.from_main(lambda: about.check_data(self.fingerprint, origin=self.cfg.run_dir))
+            if self.ranks.from_main(lambda: not self.checkpointer.teacher_path(about.step).exists()):
+                self._save_teacher(about.step)  # it was killed, or found no room, between the two
         else:  # another run's: this one has shards, samples and a wandb run of its own
             about = replace(about, streams=None, bad={}, wandb=None)
         step = about.step
@@ -321,7 +332,10 @@ class Trainer:
             top1 = self.knn(teacher, lambda: self.watch.mark(step, "k-NN"))
             self.report.record(step, {"knn/top1": top1})
         if draw and batch is not None and self.ranks.is_main:
-            self._draw(step, batch, teacher)
+            try:
+                self._draw(step, batch, teacher)
+            except OSError as error:
+                logger.warning(f"pictures of step {step} cannot be written: {error.strerror or error}")
         self.ranks.barrier()
 
     def _draw(self, step: int, batch: Batch, teacher: VisionTransformer) -> None:
@@ -349,10 +363,8 @@ class Trainer:
 
     def _bad_so_far(self) -> dict[str, int]:
         """Samples that could not be used, by reason, on all ranks and since the run began."""
-        counts = self.ranks.sum_(
-            torch.tensor([self.loader.bad[reason] for reason in REASONS], device=self.ranks.device)
-        ).tolist()
-        return {reason: count + self.about.bad.get(reason, 0) for reason, count in zip(REASONS, counts, strict=True)}
+        counts = torch.tensor([self.bad[reason] for reason in REASONS], device=self.ranks.device)
+        return dict(zip(REASONS, self.ranks.sum_(counts).tolist(), strict=True))
 
 
 def row_seed(seed: int, step: int, rank: int) -> int:
