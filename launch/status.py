@@ -59,6 +59,8 @@ def _row(run: Path, job: Job, state: JobState | None) -> Row:
         note = state.reason if state.name == "PENDING" and state.reason not in ("", "None") else None
     else:
         note = None if name == "finished" else why(run, job)
+        if name == "cancelled" and not (note or "").startswith("stopped by"):
+            note = f"it had no time to save what came after step {at.checkpoint}"
     return Row(str(run), job, name, at, note)
 
 

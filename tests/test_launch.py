@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from launch.logs import reason_in
 from launch.record import Job, Start, editing, read_jobs
 from launch.slurm import Partition, gpus_of
 from launch.snapshot import take_snapshot
+from launch.status import find_runs, rows, table
 from launch.task import Task, peers
 
 
@@ -189,6 +191,27 @@ def test_a_glance_at_a_run_of_epochs(tmp_path: Path) -> None:
     seen = glance(tmp_path)
     assert (seen.step, seen.total, seen.checkpoint, seen.score) == (10, 25, 10, "k-NN 25.0%")
     assert seen.seconds_left == 15 * 8 / 4.0 and not seen.finished
+
+
+@pytest.mark.parametrize(
+    ("log", "note"),
+    [
+        (
+            "dinoreg: stopped by SIGTERM; step 10 is saved\nsrun: error: n: task 1: Killed",
+            "stopped by SIGTERM; step 10",
+        ),
+        ("step 12/25\nsrun: error: n: task 1: Killed", "it had no time to save what came after step 10"),
+    ],
+)
+def test_status_says_whether_a_cancelled_run_was_saved(log: str, note: str, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step_00000010").mkdir(parents=True)
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "99999999_0_log.out").write_text(f"job 99999999, start 1, on n: from step 0\n{log}\n")
+    with editing(tmp_path, "99999999") as job:
+        job.cluster, job.host, job.cancelled = "local", socket.gethostname(), "today"
+    shown = table(rows(find_runs([tmp_path]))).splitlines()
+    assert shown[1].split()[:4] == [str(tmp_path), "99999999", "cancelled", "10/?"]
+    assert shown[2].startswith(f"    {note}")
 
 
 def test_tasks_of_this_machine_run_stop_and_go_on(images: Path, tmp_path: Path) -> None:
