@@ -21,7 +21,7 @@ ALIKE = {
     *("kill-folder-2workers-2ranks", "kill-folder-0workers-2ranks", "kill-shards-0workers-2ranks", "elastic-1-to-2"),
     *("signal-group-int", "nan-loss", "blank-images", "duplicates", "batch-of-one", "replay", "main-rank-killed"),
     *("checkpoint-cut", "checkpoint-missing", "checkpoint-manifest", "disk-full", "two-runs", "other-images"),
-    *("shard-shrinks", "http-errors", "http-half-no-range", "http-down"),
+    *("shard-shrinks", "shard-replaced", "http-errors", "http-half-no-range", "http-down"),
 }
 ROWS = [row.name for row in SCENARIOS if row.name not in ALIKE]
 
