@@ -83,6 +83,22 @@ def test_a_run_that_saved_nothing_binds_nobody(tmp_path: Path) -> None:
     refuse_changes(tmp_path / "none.yaml", config("optim.lr=0.5"))
 
 
+def test_checkpoints_without_a_readable_configuration_are_nobodys(tmp_path: Path) -> None:
+    written = started(tmp_path)
+    written.write_text("train: {steps: 4")
+    with pytest.raises(ConfigError, match=r"config\.yaml is damaged"):
+        refuse_changes(written, config())
+    written.unlink()
+    with pytest.raises(ConfigError, match=r"has checkpoints but no config\.yaml"):
+        refuse_changes(written, config())
+
+
+def test_a_checkpoint_that_was_never_finished_binds_nobody(tmp_path: Path) -> None:
+    written = started(tmp_path)
+    (tmp_path / "checkpoints" / "step_00000002").rename(tmp_path / "checkpoints" / "step_00000002.partial")
+    refuse_changes(written, config("optim.lr=0.5"))
+
+
 def test_differences_are_found_by_dotted_key(tmp_path: Path) -> None:
     assert changes(started(tmp_path), config("photometric.mean=[0.5, 0.5, 0.5]", "train.steps=9")) == {
         "photometric.mean": ([0.485, 0.456, 0.406], [0.5, 0.5, 0.5]),

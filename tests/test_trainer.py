@@ -313,3 +313,34 @@ def test_replay_says_where_a_step_broke(fault: Path, capsys: pytest.CaptureFixtu
 def test_what_is_no_fault_is_not_replayed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is no fault of a run"):
         replay(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_not_gone_on_from(images: Path, tmp_path: Path) -> None:
+    options = [f"data.sources={images}", "train.steps=2"]
+    train(load(RunConfig, TINY, [*options, f"run_dir={tmp_path / 'old'}"]))
+    checkpoint = tmp_path / "old" / "checkpoints" / "step_00000002"
+    file = max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    other = [f"run_dir={tmp_path / 'new'}", f"train.go_on_from={checkpoint}", "train.steps=4"]
+    with pytest.raises(ValueError, match=rf"step_00000002 cannot be gone on from: {file.name} has changed"):
+        train(load(RunConfig, TINY, [*options, *other]))
+
+
+def test_a_teacher_that_was_not_written_is_written_at_the_next_start(
+    images: Path, baseline: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(baseline[0], run_dir)
+    (run_dir / "teacher" / "step_00000004.safetensors").unlink()
+    train(load(RunConfig, TINY, [f"data.sources={images}", f"run_dir={run_dir}"]))
+    assert_same(load_file(run_dir / "teacher" / "step_00000004.safetensors"), baseline[1], 0)
+
+
+def test_a_picture_without_room_on_the_disk_is_no_reason_to_stop(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "pictures").mkdir(parents=True)
+    (tmp_path / "run" / "pictures" / "crops_00000002.png").symlink_to("/dev/full")
+    options = [f"data.sources={images}", f"run_dir={tmp_path / 'run'}", "train.steps=2", "tracking.pictures_every=2"]
+    train(load(RunConfig, TINY, options))
+    assert "pictures of step 2 cannot be written" in (tmp_path / "run" / "logs" / "rank0.log").read_text()
