@@ -7,7 +7,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # By exact version and before all else: of this version a machine's package index may offer a CPU build, and any wish
 # left open would bring gigabytes of CUDA libraries to machines without a GPU.
 TORCH := torch==2.13.0
-PYTEST_ARGS ?=
+# Two processes by themselves: most tests wait for processes of their own half of the time.
+PYTEST_ARGS ?= -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format clean

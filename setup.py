@@ -30,9 +30,15 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["dinoreg", "dinoreg.*", "launch", "launch.*"]),
+    packages=find_packages(include=["dinoreg*", "launch*", "eval*"]),
     cmdclass={"build_py": BuildWithRecipes},
-    entry_points={"console_scripts": ["dinoreg = dinoreg.cli:main", "dinoreg-launch = launch.cli:main"]},
+    entry_points={
+        "console_scripts": [
+            "dinoreg = dinoreg.cli:main",
+            "dinoreg-eval = eval.cli:main",
+            "dinoreg-launch = launch.cli:main",
+        ]
+    },
     install_requires=[
         "torch>=2.10",
         "numpy",
@@ -51,6 +57,6 @@ setup(
     extras_require={
         "cuda": ["xformers>=0.0.35"],
         "demo": DEMO,
-        "test": [*DEMO, "pytest", "ruff", "mypy", "transformers", "timm"],
+        "test": [*DEMO, "pytest", "pytest-xdist", "ruff", "mypy", "transformers", "timm"],
     },
 )

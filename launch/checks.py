@@ -37,10 +37,10 @@ def find_partition(asked: LaunchConfig, known: dict[str, slurm.Partition]) -> sl
     defaults = [name for name, partition in known.items() if partition.default]
     names = asked.partition.split(",") if asked.partition else defaults[:1]
     if not names:
-        raise ConfigError(f"there is no default; give one of {', '.join(known)}", key="launch.partition")
+        raise ConfigError(f"there is no default; give one of {', '.join(sorted(known))}", key="launch.partition")
     for name in names:
         if name not in known:
-            raise ConfigError(f"there is no '{name}' here, only {', '.join(known)}", key="launch.partition")
+            raise ConfigError(f"there is no '{name}' here, only {', '.join(sorted(known))}", key="launch.partition")
     largest = max((known[name] for name in names), key=lambda partition: (partition.gpus, partition.nodes))
     _check_size(asked, largest, ", ".join(names))
     return largest

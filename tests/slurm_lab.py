@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import os
 import shutil
+import signal
 import socket
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
-DAEMONS = ("munged", "slurmctld", "slurmd", "srun", "sinfo")
+NODES = ("127.0.0.2", "127.0.0.3")
+DAEMONS = ("munged", "slurmctld", "slurmd", "srun", "sinfo", "setpriv")
 
 # cred_expire is how long a requeued job waits, 5 s at least; FirstJobId: ports are made from ids, and two clusters may
 # run at once; KillWait: what a job that is cancelled has to save; GraceTime: what one has that makes room for `high`.
@@ -66,11 +70,13 @@ def _path() -> str:
 class SlurmLab:
     """Context manager; `env` is what a client needs. Node names are loopback addresses, usable as MASTER_ADDR."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True)
+        self.root = root = Path(self._folder.name)  # its sockets' names must stay below 108 characters
         outside = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
         self.env = outside | {"SLURM_CONF": str(root / "slurm.conf"), "PATH": _path()}
         self._daemons: list[subprocess.Popen[bytes]] = []
+        self._nodes: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> SlurmLab:
         try:
@@ -88,6 +94,20 @@ class SlurmLab:
                 daemon.wait(10)
             except subprocess.TimeoutExpired:
                 daemon.kill()
+        self._folder.cleanup()
+
+    def start_node(self, name: str) -> None:
+        """Bring up a node that was killed, or the first time."""
+        self._nodes[name] = self._spawn("slurmd", "-D", "-N", name)
+
+    def kill_node(self, name: str) -> None:
+        """As if its power was cut: Slurm's processes there and all that they have started. Slurm is not told."""
+        self._nodes[name].kill()
+        tasks = _processes_of(name, self.root)
+        # A step's keeper, which hides its environment, goes before its tasks, of whose end it would still report.
+        keepers = {_parent(task) for task in tasks} - set(tasks) - {1, os.getpid()}
+        for pid in [*keepers, *tasks]:
+            _kill(pid)
 
     def _start(self) -> None:
         for name in ("munge", "state", "spool", "run", "log"):
@@ -111,18 +131,47 @@ class SlurmLab:
         self._spawn("munged", "--foreground", "--force", f"--socket={sock}", *files)
         _until(sock.exists, "munged")
         self._spawn("slurmctld", "-D")
-        for node in ("127.0.0.2", "127.0.0.3"):
-            self._spawn("slurmd", "-D", "-N", node)
+        for node in NODES:
+            self.start_node(node)
         _until(lambda: self._states() == ["idle", "idle"], "slurmd")
 
-    def _spawn(self, *command: str) -> None:
+    def _spawn(self, *command: str) -> subprocess.Popen[bytes]:
         with (self.root / "log" / f"{command[0]}.out").open("ab") as out:
-            self._daemons.append(subprocess.Popen(command, env=self.env, stdout=out, stderr=out, cwd=self.root))
+            # A test that is killed leaves no cluster behind.
+            mortal = ["setpriv", "--pdeathsig", "KILL", *command]
+            daemon = subprocess.Popen(mortal, env=self.env, stdout=out, stderr=out, cwd=self.root)
+        self._daemons.append(daemon)
+        return daemon
 
     def _states(self) -> list[str]:
         command = ["sinfo", "-h", "-N", "-p", "main", "-o", "%T"]
         shown = subprocess.run(command, env=self.env, capture_output=True, text=True, check=False)
         return shown.stdout.split()
+
+
+def _processes_of(node: str, root: Path) -> list[int]:
+    """What runs in jobs on a node of the cluster below `root`."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if {f"SLURMD_NODENAME={node}".encode(), f"SLURM_CONF={root}/slurm.conf".encode()} <= set(variables):
+            found.append(int(folder.name))
+    return found
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 1
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def _free_ports(count: int) -> list[int]:

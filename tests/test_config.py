@@ -50,7 +50,8 @@ def mistake(path: Path | str | None, *overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
         load(Car, path, overrides)
     text = str(caught.value)
-    assert "\n" not in text and len(text) < 250
+    folder = str(Path(path).parent) if path else "/no/folder"  # of the test, however long its name
+    assert "\n" not in text and len(text.replace(folder, "")) < 250
     return text
 
 

@@ -56,7 +56,7 @@ def test_torchrun(tmp_path: Path) -> None:
 @pytest.mark.skipif(bool(missing()), reason=f"a real Slurm is not installed: {', '.join(missing())} missing")
 def test_srun_on_two_nodes(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
-    with SlurmLab(tmp_path / "lab") as lab:
+    with SlurmLab() as lab:
         command = ["srun", "-N2", "-n2", sys.executable, str(tmp_path / "program.py")]
         lines = run(command, environment(**{k: lab.env[k] for k in ("SLURM_CONF", "PATH")}))
     assert lines == [f"RANK {r}/2 local 0/1: {OF_TWO[r]}" for r in (0, 1)]

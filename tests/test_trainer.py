@@ -155,7 +155,7 @@ def test_the_machine_changes_nothing(
 @pytest.mark.skipif(bool(missing()), reason=f"a real Slurm is not installed: {', '.join(missing())} missing")
 def test_the_same_under_srun(images: Path, baseline: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
     """Two nodes of a real Slurm, without a flag: weights sharded within a node and replicated across."""
-    with SlurmLab(tmp_path / "lab") as lab:
+    with SlurmLab() as lab:
         weights = run(images, tmp_path / "run", "efficiency.shard=hybrid", processes=2, slurm=lab)
     assert_same(weights, baseline[1], 1e-5)
 

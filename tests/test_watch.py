@@ -234,7 +234,7 @@ work("1:SIGKILL")
 @pytest.mark.skipif(bool(missing()), reason=f"a real Slurm is not installed: {', '.join(missing())} missing")
 def test_a_killed_task_of_srun_is_named(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
-    with SlurmLab(tmp_path / "lab") as lab:
+    with SlurmLab() as lab:
         env = environment(**{k: lab.env[k] for k in ("SLURM_CONF", "PATH")})
         env["PYTHONPATH"] += f":{Path(__file__).parent}"
         command = ["srun", "-N2", "-n2", "--label", sys.executable, str(tmp_path / "program.py")]

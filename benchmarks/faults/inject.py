@@ -4,7 +4,7 @@
     inf:5            a gradient of step 5 is infinite
     impatient:1      a server that is silent for a second is asked again, instead of after a minute
     left-out:5       nothing is learnt from step 5, the way a skipped step should leave no trace
-    hang:5           step 5 takes for ever
+    hang:5           step 5 takes for ever, and says so when it begins
     steady:1-99      these steps take PACE longer each, so that something else can happen meanwhile
 
 Steps are counted from the start of the process. The product has no hooks for this: its methods are wrapped here.
@@ -68,6 +68,7 @@ def install(fault: Fault) -> None:
     def poisoned(self: SelfDistillation, parts: Sequence[Crops], **options: Any) -> Any:
         fault.step += 1
         if fault.hits("hang"):
+            print(f"step {fault.step} hangs", flush=True)
             time.sleep(FOR_EVER)
         if fault.hits("steady"):
             time.sleep(PACE)

@@ -87,7 +87,7 @@ def twice(lab: Lab) -> Outcome:
     """A second signal, while the step after the first takes for ever."""
     run_dir = lab.fresh() / "run"
     run = lab.start(run_dir, inject="hang:5")
-    run.until_logged(4)
+    run.until(lambda: "step 5 hangs" in run.said(), "step that hangs")  # not before: between two steps it is heeded
     run.send(signal.SIGTERM)
     time.sleep(3)
     waited = run.processes[0].poll() is None

@@ -6,30 +6,15 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from launching import FAST, REPOSITORY, TINY, launch, launch_from, losses, metrics, outside, steps, until, write_images
-from slurm_lab import SlurmLab, missing
+from launching import FAST, REPOSITORY, TINY, launch, launch_from, losses, metrics, steps, until
+from slurm_lab import NODES, SlurmLab
 
 from launch.record import read_jobs
 
-absent = ", ".join(missing())
-pytestmark = pytest.mark.skipif(bool(absent), reason=f"a real Slurm is not installed: {absent} missing")
 LENGTH = 40  # steps of the long run
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("data") / "images")
-
-
-@pytest.fixture(scope="module")
-def env(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Of a user of the cluster."""
-    with SlurmLab(tmp_path_factory.mktemp("slurm") / "lab") as lab:
-        yield outside(**{name: lab.env[name] for name in ("SLURM_CONF", "PATH")})
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +107,24 @@ def test_status_shows_the_finished_run(survivor: tuple[Path, Path], env: dict[st
     assert quiet.split()[0] == str(calm) and quiet.split()[2] == "finished"
 
 
+def test_a_lost_node_costs_what_came_after_the_last_checkpoint(
+    survivor: tuple[Path, Path], images: Path, lab: SlurmLab, env: dict[str, str], tmp_path: Path
+) -> None:
+    """Its power is cut; when it is back, the job goes on by itself."""
+    run_dir, calm = tmp_path / "run", survivor[1]
+    options = [TINY, f"data.sources={images}", *FAST, f"train.steps={LENGTH}", "checkpoint.every=10"]
+    launch("train", *options, f"run_dir={run_dir}", "launch.nodes=2", "launch.cpus_a_task=1", env=env)
+    until(lambda: steps(run_dir) >= 12, "step 12")
+    lab.kill_node(NODES[1])
+    until(lambda: state(job_of(run_dir), env) != "RUNNING", "the job's return to the queue")
+    lab.start_node(NODES[1])
+    until(lambda: steps(run_dir) == LENGTH, "the end")
+    assert losses(run_dir) == losses(calm)
+    (job,) = read_jobs(run_dir)
+    assert [start.step for start in job.starts] == [0, 10] or job.starts[-1].step in (20, 30)
+    assert "rank 1 (pid" in launch("logs", run_dir, env=env)
+
+
 def test_a_cancelled_run_is_saved_and_stays_away(images: Path, env: dict[str, str], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     options = [TINY, f"data.sources={images}", *FAST, "train.steps=5000", "checkpoint.every=5000"]
@@ -160,7 +163,7 @@ def test_a_job_that_dies_in_its_first_second_says_why(images: Path, env: dict[st
 @pytest.mark.parametrize(
     ("option", "says"),
     [
-        ("launch.partition=gpus", "launch.partition: there is no 'gpus' here, only main, high"),
+        ("launch.partition=gpus", "launch.partition: there is no 'gpus' here, only high, main"),
         ("launch.gpus_a_node=2", "launch.gpus_a_node: 2 GPUs on a node, but those of partition main have none"),
         ("launch.nodes=4", "launch.nodes: partition main has 2 nodes, not 4"),
         ("launch.sbatch=[reservation=mine]", "nothing is queued, for sbatch says: Batch job submission failed: Req"),
