@@ -1,0 +1,128 @@
+"""What a suite found: figures with their intervals, how and on what they were measured, in one JSON file."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+import dinoreg
+
+FILE = "results.json"
+
+
+class Described(Protocol):
+    """What a result says about the backbone that was measured."""
+
+    name: str
+    digest: str
+    found: str
+
+
+@dataclass(frozen=True)
+class Score:
+    """A figure, and the interval in which it lies with 95 % by a bootstrap over the images."""
+
+    value: float
+    low: float
+    high: float
+    unit: str = "%"
+    better: str = "higher"  # or lower
+
+    def __str__(self) -> str:
+        digits = 1 if self.unit == "%" else 3
+        unit = f" {self.unit}" if self.unit else ""
+        return f"{self.value:.{digits}f}{unit} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+
+
+@dataclass
+class Result:
+    """The outcome of one suite.
+
+    scores: by name; the first is the one that counts. protocol: all that was chosen, resolved, in plain JSON values.
+    data: name, hash, train and test (numbers of images), bad (images left out, with reasons). notes: sentences that a
+    reader of the figures must know. details: anything else in plain JSON values (scores by class, by learning rate,
+    ...). files: what the suite wrote into its output folder for the report, by name, relative to the folder.
+    """
+
+    suite: str
+    scores: dict[str, Score]
+    protocol: dict[str, Any]
+    data: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+
+
+def write_result(folder: Path, result: Result, backbone: Described, weights: str | Path, seconds: float) -> Path:
+    """Write folder/results.json, which appears only when it is complete. weights: as the user named them."""
+    content = {
+        "suite": result.suite,
+        "weights": str(weights),
+        "backbone": backbone.name,
+        "digest": backbone.digest,
+        "found": backbone.found,
+        "step": step_of(weights),
+        "scores": {name: asdict(score) for name, score in result.scores.items()},
+        "protocol": result.protocol,
+        "data": result.data,
+        "notes": result.notes,
+        "details": result.details,
+        "files": result.files,
+        "seconds": round(seconds, 2),
+        "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    return write_json(folder / FILE, content)
+
+
+def write_json(path: Path, content: Any) -> Path:
+    """Readable JSON under its name only when all of it is on the disk."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave an empty file under the final name
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def read_scores(content: dict[str, Any]) -> dict[str, Score]:
+    """The scores in the content of a results.json."""
+    return {name: Score(**score) for name, score in content["scores"].items()}
+
+
+def step_of(weights: str | Path) -> int | None:
+    """The training step that a teacher's file is named after."""
+    found = re.fullmatch(r"step_(\d+)", Path(weights).stem)
+    return int(found.group(1)) if found else None
+
+
+def commit() -> str | None:
+    """Of the checkout that runs, with + where files differ from it; None where it is none."""
+    root = Path(dinoreg.__file__).resolve().parents[1]
+    snapshot = root / "commit.txt"  # the launcher's copy of the program has no history
+    if snapshot.is_file():
+        return snapshot.read_text().strip()
+    if not (root / ".git").exists():
+        return None
+    # Somebody else's checkout is only read here, which git refuses unless told.
+    command = ["git", "-c", f"safe.directory={root}", "-C", str(root), "describe", "--always", "--abbrev=40"]
+    try:
+        said = subprocess.run([*command, "--exclude=*", "--dirty=+"], capture_output=True, text=True)
+    except OSError:
+        return None
+    return said.stdout.strip() or None

@@ -1,0 +1,42 @@
+"""The suites by name. A new one is a module beside this file and a line in SUITES."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from eval.results import Result
+from eval.suite import Backbone, Context
+
+
+@dataclass(frozen=True)
+class Suite:
+    """One protocol. Its module holds the dataclass `config`, whose defaults are the protocol's exact values, and `run`.
+
+    The dataclass has a static method `quick() -> list[str]`: the key=value words that make the protocol short.
+    data: the kind of data it wants, which is what `dinoreg-eval all --data-KIND` says.
+    """
+
+    name: str
+    title: str
+    data: str
+    module: str
+    config: str
+    run: str = "run"
+
+    def schema(self) -> Any:
+        """The dataclass of its options."""
+        return getattr(importlib.import_module(self.module), self.config)
+
+    def runner(self) -> Callable[[Backbone, Any, Context], Result]:
+        """run(backbone, config, context) -> Result, called on every rank; the result of the main one counts."""
+        return getattr(importlib.import_module(self.module), self.run)
+
+
+# In the order in which `all` runs them: who wants most of a data set comes first, and the others find its features.
+SUITES = {
+    suite.name: suite
+    for suite in (Suite("knn", "k nearest neighbours of class tokens", "imagenet", "eval.suites.knn", "KnnConfig"),)
+}
