@@ -27,7 +27,8 @@ class Weights:
 
     kind: the format in words; heads: attention heads where the source says; antialias, offset: how the source's own
     code resamples position embeddings; unused: keys of the file that are no part of a backbone; config: the
-    architecture, and normalisation: mean and std of the training images a channel, in this project's own files.
+    architecture, normalisation: mean and std of the training images a channel, and step: that of the training, where
+    the source says so.
     """
 
     state: dict[str, Tensor]
@@ -38,6 +39,7 @@ class Weights:
     unused: list[str] = field(default_factory=list)
     config: ModelConfig | None = None
     normalisation: tuple[list[float], list[float]] | None = None
+    step: int | None = None
 
 
 def convert(checkpoint: Mapping[str, Any], config: Mapping[str, Any] | None = None) -> Weights:

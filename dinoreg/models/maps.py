@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import torch
 from torch import Tensor
 
@@ -18,15 +20,24 @@ def attention_rows(model: VisionTransformer, images: Tensor, block: int = -1) ->
     Recomputed from the block's input, because the kernels used in training return no weights; only these rows of the
     matrix are made. images: (B, C, H, W); block: an index as into a list. The model must be whole on this device.
     """
-    x, packing, _ = model.embed([images])
-    backend, index = model.backend(x), range(model.depth)[block]
-    for before in model.blocks[:index]:
-        x = before(x, packing, backend)
+    q, k, _ = query_key_value(model, images, block)
+    q, k = q.float(), k.float()
+    q = q[:, :, : 1 + model.num_registers] / q.shape[-1] ** 0.5
+    return torch.einsum("bhqd,bhkd->bqhk", q, k).softmax(dim=-1)
+
+
+@torch.no_grad()
+def query_key_value(model: VisionTransformer, images: Tensor, block: int = -1) -> tuple[Tensor, ...]:
+    """What attention compares and mixes in one block: q, k, v, each (B, heads, 1 + R + N, head_dim).
+
+    With their biases, unscaled. images: (B, C, H, W); block: an index as into a list. Raises IndexError beyond it.
+    """
+    index = range(model.depth)[block]
     last = model.blocks[index]
     assert isinstance(last, Block)
-    q, k, _ = (packing.split(part)[0].float() for part in last.attn.query_key_value(last.norm1(x)))
-    q = q[:, : 1 + model.num_registers] / q.shape[-1] ** 0.5
-    return torch.einsum("bqhd,bkhd->bqhk", q, k).softmax(dim=-1)
+    x = next(islice(model.residual_stream(images), index, None))
+    parts = last.attn.query_key_value(last.norm1(x).flatten(0, 1))
+    return tuple(part.unflatten(0, x.shape[:2]).transpose(1, 2) for part in parts)
 
 
 def attention_maps(model: VisionTransformer, images: Tensor, block: int = -1) -> Tensor:

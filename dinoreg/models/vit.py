@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -134,6 +134,8 @@ class VisionTransformer(nn.Module):
 
     # Mean and std a channel that images of [0, 1] were normalised with, where the file it was loaded from says so.
     normalisation: tuple[list[float], list[float]] | None = None
+    found: str = ""  # what kind of file it was loaded from and what was in it, in one line
+    step: int | None = None  # of the training that wrote the file, where it says so
 
     def __init__(self, cfg: ModelConfig, *, attention: str = "auto", drop_path: bool = True) -> None:
         super().__init__()
@@ -194,6 +196,18 @@ class VisionTransformer(nn.Module):
     def forward_features(self, images: Tensor, masks: Tensor | None = None) -> Features:
         """Features of one batch (B, C, H, W); see `forward`."""
         return self([images], [masks])[0]
+
+    def residual_stream(self, images: Tensor) -> Iterator[Tensor]:
+        """What enters each block in turn and, last, what leaves the final one: depth + 1 times (B, 1 + R + N, D).
+
+        Each is computed when it is asked for, so whoever stops early pays for no more than was seen.
+        """
+        x, packing, _ = self.embed([images])
+        backend = self.backend(x)
+        yield packing.split(x)[0]
+        for block in self.blocks:
+            x = block(x, packing, backend)
+            yield packing.split(x)[0]
 
     def embed(
         self, images: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None

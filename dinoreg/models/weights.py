@@ -54,8 +54,9 @@ def load_backbone(
     """Open a backbone in fp32 and eval mode.
 
     path_or_name: a file written by `save_backbone`; a DINOv2, DINO or timm state dict (.pth, .safetensors); a
-    checkpoint that holds a teacher; a Hugging Face folder of the dinov2 or dinov2_with_registers kind; or
-    `hf:ORG/NAME`. Positions are resampled as the source's own code does. Raises WeightsError in one line.
+    checkpoint that holds a teacher; a run directory, whose newest teacher is taken; a Hugging Face folder of the
+    dinov2 or dinov2_with_registers kind; or `hf:ORG/NAME`. Positions are resampled as the source's own code does.
+    Raises WeightsError in one line.
 
     trust: open a pickled file that holds more than tensors and plain values, which lets it run any code of its maker's.
     """
@@ -68,7 +69,8 @@ def load_backbone(
         state = {"mask_token": torch.zeros(1, config.size.embed_dim), **weights.state}
         _demand_same_keys(model, state)
         model.load_state_dict({k: t.float() for k, t in state.items()}, assign=True)
-        model.normalisation = weights.normalisation
+        model.normalisation, model.step = weights.normalisation, weights.step
+        model.found = describe(weights, config)
     return model.to(device).eval()
 
 
@@ -134,6 +136,8 @@ def read_weights(path_or_name: str | Path, trust: bool = False) -> Weights:
     """Parameters under this project's names from any file or folder that `load_backbone` accepts."""
     path = _download(str(path_or_name)[3:]) if str(path_or_name).startswith("hf:") else Path(path_or_name)
     with _naming(path_or_name):
+        if (path / "teacher").is_dir():
+            path = newest_teacher(path)
         if path.is_dir():
             return _read_folder(path, trust)
         if not path.is_file():
@@ -142,6 +146,30 @@ def read_weights(path_or_name: str | Path, trust: bool = False) -> Weights:
         if METADATA_KEY in metadata:
             return _own_weights(checkpoint, metadata)
         return convert(checkpoint)
+
+
+def newest_teacher(run_dir: Path) -> Path:
+    """The teacher's backbone after the most steps in a run directory. Raises WeightsError where there is none yet."""
+    found = sorted((run_dir / "teacher").glob("step_*.safetensors"))
+    if not found:
+        raise WeightsError("a run that has written no teacher yet (checkpoint.every says when it does)")
+    return found[-1]
+
+
+def describe(weights: Weights, config: ModelConfig) -> str:
+    """Format, architecture and what the source leaves out or does in its own way, in one line."""
+    dim, depth, heads, _ = config.size
+    unsaid = (config.embed_dim, config.depth, config.num_heads) != (None, None, None)
+    size = f"{depth} blocks of width {dim}, {heads} heads" if unsaid else config.arch
+    resampling = "with" if config.pos_antialias else "without"
+    parts = [
+        f"{weights.kind}: {size}",
+        f"patches of {config.patch_size} at {config.image_size} pixels",
+        f"{config.num_registers} registers",
+        f"{config.ffn} feed-forward",
+        f"positions resampled {resampling} antialiasing, offset {config.pos_offset:g}",
+    ]
+    return ", ".join(parts)
 
 
 @contextmanager
@@ -177,6 +205,7 @@ def _own_weights(state: dict[str, Tensor], metadata: Mapping[str, str]) -> Weigh
         heads=config.size.num_heads,
         config=config,
         normalisation=tuple(normalisation) if normalisation else None,
+        step=int(metadata["step"]) if metadata.get("step", "").isdigit() else None,
     )
 
 
