@@ -12,7 +12,8 @@ from dinoreg.train.stopping import parse_time
 _OURS = {
     **{name: f"launch.{name}" for name in ("nodes", "partition", "account", "qos", "constraint", "exclude", "comment")},
     **dict.fromkeys(("gpus-per-node", "ntasks-per-node", "ntasks", "gpus", "gpus-per-task"), "launch.gpus_a_node"),
-    **dict.fromkeys(("output", "error", "open-mode", "requeue", "array"), "nobody: the launcher needs it as it is"),
+    **dict.fromkeys(("output", "error", "open-mode", "requeue"), "nobody: the launcher needs it as it is"),
+    "array": "launch.array, and its elements by dinoreg-launch sweep",
     "time": "launch.time",
     "mem": "launch.memory",
     "cpus-per-task": "launch.cpus_a_task",
@@ -36,6 +37,7 @@ class LaunchConfig:
     time: str | None = None  # 3h50m, 2d12h, or as Slurm writes it: 90 (minutes), 12:00:00, 2-12
     memory: str | None = None  # of a node, such as 320GB
     cpus_a_task: int | None = None  # data workers share them; Slurm's default is mostly 1
+    array: int | None = None  # so many jobs of a sweep or of an evaluation at once; null: all, on this machine 1
     signal_seconds: int = 180  # before the time limit, to finish the step and to write a checkpoint
     max_requeues_without_progress: int = 5  # in a row without a newer checkpoint, after which the job ends
     env: list[str] = field(default_factory=list)  # NAME=value, such as NCCL_SOCKET_IFNAME=ib0
@@ -52,8 +54,9 @@ class LaunchConfig:
                 raise ConfigError(f"must be at least {least}, not {getattr(self, key)}", key=key)
         if self.max_requeues_without_progress < 0:
             raise ConfigError("must be 0 (never) or more", key="max_requeues_without_progress")
-        if self.cpus_a_task is not None and self.cpus_a_task < 1:
-            raise ConfigError(f"must be at least 1, not {self.cpus_a_task}", key="cpus_a_task")
+        for key in ("cpus_a_task", "array"):
+            if (value := getattr(self, key)) is not None and value < 1:
+                raise ConfigError(f"must be at least 1, not {value}", key=key)
         for text in self.env:
             if not re.match(r"[A-Za-z_]\w*=", text):
                 raise ConfigError(f"'{text}' is not of the form NAME=value", key="env")

@@ -1,4 +1,4 @@
-"""submitit's executors, told what a recipe says."""
+"""submitit's executor for Slurm, told what a recipe says."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import Any
 import submitit
 
 from launch.config import LaunchConfig, minutes_of
-from launch.recipe import LaunchedRun
 from launch.task import LOGS
 
-A_YEAR = 365 * 24 * 60  # minutes; submitit wants an end
+ALL = 1_000_000  # elements of an array at once: submitit wants a number
 LEAVE = 300  # seconds that tasks may end after the first of them; the first tells wandb that it is done
 
 # After all tasks have ended. 75: asked to stop, and saved; 76: another task was lost; above 128: killed. What came
@@ -21,11 +20,13 @@ LEAVE = 300  # seconds that tasks may end after the first of them; the first tel
 # from counting. Whoever cancelled the job does not want it back.
 REQUEUE = """\
 code=$?
-began() { grep -q "^job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1))," LOG; }
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+began() { grep -q "^job $job, start $((${SLURM_RESTART_COUNT:-0} + 1))," LOG; }
 if { [ "$code" -eq 75 ] || [ "$code" -eq 76 ] || [ "$code" -gt 128 ]; } && began; then
-  if [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
+  if [ "$(squeue -h -j "$job" -o %T)" = RUNNING ]; then
     echo "dinoreg-launch: ended with $code; back to the queue, to go on from the last checkpoint"
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "$job"
   fi
 fi
 exit "$code\""""
@@ -38,31 +39,31 @@ class SlurmExecutor(submitit.SlurmExecutor):
     def affinity(cls) -> int:
         return max(1, super().affinity())
 
-    def script(self) -> str:
-        """What sbatch would be given."""
+    def script(self, count: int = 1) -> str:
+        """What sbatch would be given, for so many tasks."""
+        if count > 1:
+            self.parameters["map_count"] = count
         return self._make_submission_file_text(self._submitit_command_str, "")
 
 
-def slurm_executor(config: LaunchedRun, code: Path) -> SlurmExecutor:
-    """Everything in `launch:` as sbatch and srun want it."""
-    asked, run_dir = config.launch, Path(config.run_dir)
+def slurm_executor(asked: LaunchConfig, folder: Path, code: Path) -> SlurmExecutor:
+    """Everything in `launch:` as sbatch and srun want it. folder: of the run, or of what runs as an array."""
     python = asked.python or ("python3" if asked.container_image else sys.executable)
-    executor = SlurmExecutor(folder=run_dir / LOGS, python=shlex.quote(python))
+    executor = SlurmExecutor(folder=folder / LOGS, python=shlex.quote(python))
     options: dict[str, Any] = {
-        "job_name": run_dir.name,
+        "job_name": folder.name,
         "nodes": asked.nodes,
         "ntasks_per_node": asked.tasks_a_node,
         "gpus_per_node": asked.gpus_a_node or None,
         "cpus_per_task": asked.cpus_a_task,
         "time": None if asked.time is None else minutes_of(asked.time),
         "signal_delay_s": asked.signal_seconds,
+        "array_parallelism": asked.array or ALL,
         "wckey": None,
         "stderr_to_stdout": True,
         "setup": [*surroundings(asked), f"cd {shlex.quote(str(code))}"],  # where Python looks first
-        "teardown": REQUEUE.replace(
-            "LOG", f"{shlex.quote(str(run_dir / LOGS))}/${{SLURM_JOB_ID}}_0_log.out"
-        ).splitlines(),
-        "srun_args": _srun(asked, run_dir, code),
+        "teardown": REQUEUE.replace("LOG", f"{shlex.quote(str(folder / LOGS))}/${{job}}_0_log.out").splitlines(),
+        "srun_args": _srun(asked, folder, code),
         "additional_parameters": {
             "requeue": True,
             **({"mem": asked.memory} if asked.memory else {}),
@@ -77,33 +78,18 @@ def slurm_executor(config: LaunchedRun, code: Path) -> SlurmExecutor:
 _NAMED = ("partition", "account", "qos", "constraint", "exclude", "comment")
 
 
-def _srun(asked: LaunchConfig, run_dir: Path, code: Path) -> list[str]:
+def _srun(asked: LaunchConfig, folder: Path, code: Path) -> list[str]:
     # Tasks that are asked to stop leave one by one, the first one last: none of them is to be killed for that. Those
     # that wait for a peer that never came are.
     words = ["--kill-on-bad-exit=0", f"--wait={LEAVE}"]
     if asked.cpus_a_task is not None:
         words.append(f"--cpus-per-task={asked.cpus_a_task}")  # since 22.05 srun does not ask sbatch
     if asked.container_image:
-        mounts = ",".join([f"{run_dir}:{run_dir}", *asked.container_mounts])
+        own = [folder] if code.is_relative_to(folder) else [folder, code]  # a run of a sweep has its code beside it
+        mounts = ",".join([*(f"{path}:{path}" for path in own), *asked.container_mounts])
         words += [f"--container-image={asked.container_image}", f"--container-mounts={mounts}"]
         words.append(f"--container-workdir={code}")
     return words
-
-
-def local_executor(config: LaunchedRun, code: Path) -> submitit.LocalExecutor:
-    """Tasks of this machine. A shell prepares each, and becomes it."""
-    asked = config.launch
-    lines = [*surroundings(asked), f"cd {shlex.quote(str(code))}", 'exec "$0" "$@"']
-    python = shlex.join(["sh", "-c", "\n".join(lines), asked.python or sys.executable])
-    executor = submitit.LocalExecutor(folder=Path(config.run_dir) / LOGS, python=python)
-    executor.update_parameters(
-        tasks_per_node=asked.tasks_a_node,
-        gpus_per_node=asked.gpus_a_node,
-        timeout_min=A_YEAR if asked.time is None else minutes_of(asked.time),
-        signal_delay_s=asked.signal_seconds,
-        stderr_to_stdout=True,
-    )
-    return executor
 
 
 def surroundings(asked: LaunchConfig) -> list[str]:

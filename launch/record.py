@@ -33,8 +33,10 @@ class Job:
     host: str = ""  # that it was submitted on; a local job runs there
     submitted: str = ""
     commit: str = ""  # of the checkout, + where files differed from it
-    code: str = ""  # the snapshot, below the run directory
+    code: str = ""  # the snapshot, and where the logs are: from the run directory, or beside it in a sweep
+    logs: str = "jobs"
     cancelled: str = ""  # when somebody did, with dinoreg-launch
+    ended: str = ""  # when it did, of a local job
     starts: list[Start] = field(default_factory=list)
 
     @property

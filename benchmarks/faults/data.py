@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from benchmarks.faults.compare import brief, lines_of, one_line, same
-from benchmarks.faults.lab import RECIPE, STEPS, Lab, Outcome, Run, Scenario, impossible, judge
+from benchmarks.faults.lab import RECIPE, STEADY, STEPS, Lab, Outcome, Run, Scenario, impossible, judge
 from benchmarks.faults.props import mounting, write_tar
 from benchmarks.faults.server import Behaviour, shop
 
@@ -26,7 +26,7 @@ def shards_change(lab: Lab, change: Callable[[Path], object], tries: int = 3) ->
     shards = lab.fresh() / "shards"
     shutil.copytree(lab.sources["shards"], shards)
     run_dir = lab.fresh() / "run"
-    run = lab.start(run_dir, *BY_SHARD, data=shards, inject="steady:1-99")
+    run = lab.start(run_dir, *BY_SHARD, data=shards, inject=STEADY)
     run.until_logged(1)
     victim = _unopened(run, shards)
     change(victim)
@@ -164,7 +164,7 @@ def tiny_shared_memory(lab: Lab) -> Outcome:
 
 def killed_worker(lab: Lab) -> Outcome:
     """A data worker is killed, as the kernel does when memory runs out."""
-    run = lab.start(lab.fresh() / "run", "data.workers=2", inject="steady:1-99")
+    run = lab.start(lab.fresh() / "run", "data.workers=2", inject=STEADY)
     run.until_logged(2)
     workers = data_workers(run)
     for pid in workers[:1]:

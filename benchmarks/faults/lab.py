@@ -30,6 +30,8 @@ RECIPE = Path(__file__).with_name("tiny.yaml")
 STEPS = 14  # of the recipe
 PATIENCE = 150.0  # seconds for what takes two on an idle machine
 STOPPED, PEER_LOST = 75, 76  # exit codes of `dinoreg train`
+# Steps (see inject.py) that are long enough for something to happen in between, on a busy machine too.
+STEADY = "steady:1-99"
 FINAL = re.compile(r"step_\d{8,}")
 
 

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from benchmarks.faults.compare import brief, difference, lines_of, same, saved_steps, went_on_from
-from benchmarks.faults.lab import RECIPE, STEPS, Lab, Outcome, Run, Scenario, judge
+from benchmarks.faults.lab import RECIPE, STEADY, STEPS, Lab, Outcome, Run, Scenario, judge
 from benchmarks.faults.props import IMAGES
 from dinoreg.config import load
 from dinoreg.data.sources import open_sources
@@ -27,7 +27,7 @@ def killed(lab: Lab, data: str, workers: int, ranks: int, moments: Sequence[str]
     run_dir, reference = lab.fresh() / "run", lab.reference(data, ranks)
     dead: list[Run] = []
     for moment in moments:
-        run = lab.start(run_dir, f"data.workers={workers}", data=data, ranks=ranks)
+        run = lab.start(run_dir, f"data.workers={workers}", data=data, ranks=ranks, inject=STEADY)
         run.until(partial(saved_steps, run_dir), "checkpoint")
         run.until_logged(rng.randint(2, 5))
         if moment == "writing":
@@ -70,7 +70,7 @@ def killed_streaming(lab: Lab) -> Outcome:
     """Shards that can only be read from their start go on by whole shards."""
     pipes = ",".join(f"pipe:cat {shard}" for shard in sorted(lab.sources["shards"].glob("*.tar")))
     run_dir = lab.fresh() / "run"
-    run = lab.start(run_dir, data=f"[{pipes}]")
+    run = lab.start(run_dir, data=f"[{pipes}]", inject=STEADY)
     run.until(partial(saved_steps, run_dir), "checkpoint")
     run.kill()
     again = lab.run(run_dir, data=f"[{pipes}]")
@@ -87,7 +87,7 @@ def killed_streaming(lab: Lab) -> Outcome:
 def elastic(lab: Lab, before: tuple[int, str], after: tuple[int, str]) -> Outcome:
     """Stopped on some ranks, gone on with on others; to rounding the same as on one."""
     run_dir = lab.fresh() / "run"
-    first = lab.start(run_dir, f"efficiency.shard={before[1]}", ranks=before[0])
+    first = lab.start(run_dir, f"efficiency.shard={before[1]}", ranks=before[0], inject=STEADY)
     first.until((run_dir / "checkpoints" / "step_00000006").exists, "checkpoint")
     first.kill()
     second = lab.run(run_dir, f"efficiency.shard={after[1]}", ranks=after[0])

@@ -8,7 +8,7 @@ import socket
 from pathlib import Path
 
 from benchmarks.faults.compare import brief, contents, one_line, same
-from benchmarks.faults.lab import Lab, Outcome, Scenario, judge
+from benchmarks.faults.lab import STEADY, Lab, Outcome, Scenario, judge
 from benchmarks.faults.props import draw_images, mounting, write_shards
 
 # What a refusal leaves: the lock that it took to look, its words, and the list of the images that it looked at.
@@ -63,7 +63,7 @@ def other_config(lab: Lab) -> Outcome:
 def two_runs(lab: Lab) -> Outcome:
     """A second run started on the directory of a running one."""
     run_dir = lab.fresh() / "run"
-    first = lab.start(run_dir)
+    first = lab.start(run_dir, inject=STEADY)
     first.until_logged(1)
     first.send(signal.SIGSTOP)  # so that it is there for as long as the second asks
     second = lab.run(run_dir)

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.faults.compare import brief, lines_of, one_line, same, saved_steps, went_on_from
-from benchmarks.faults.lab import PEER_LOST, STEPS, STOPPED, Lab, Outcome, Run, Scenario, judge
+from benchmarks.faults.lab import PEER_LOST, STEADY, STEPS, STOPPED, Lab, Outcome, Run, Scenario, judge
 
 SILENCE = 6  # seconds without a sign of life
 WITHIN = 30.0  # seconds for the others to end, on a busy machine
@@ -20,7 +20,7 @@ def in_turn(lab: Lab) -> Outcome:
     run_dir = lab.fresh() / "run"
     codes, saved = [], []
     for rank, number in enumerate((signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)):
-        run = lab.start(run_dir, ranks=2)
+        run = lab.start(run_dir, ranks=2, inject=STEADY)
         run.until_logged(2)
         run.send(number, rank % 2)
         codes.append(run.wait())
@@ -38,7 +38,7 @@ def in_turn(lab: Lab) -> Outcome:
 def to_the_group(lab: Lab, number: signal.Signals) -> Outcome:
     """To the main process and its data workers alike, as Slurm and a terminal send it."""
     run_dir = lab.fresh() / "run"
-    run = lab.start(run_dir, "data.workers=2")
+    run = lab.start(run_dir, "data.workers=2", inject=STEADY)
     run.until_logged(2)
     run.send_to_groups(number)
     codes = run.wait()
@@ -65,7 +65,7 @@ def to_torchrun(lab: Lab) -> Outcome:
 
 def time_limit(lab: Lab) -> Outcome:
     """train.time_limit."""
-    run = lab.run(lab.fresh() / "run", "train.time_limit=1s", inject="steady:1-99")
+    run = lab.run(lab.fresh() / "run", "train.time_limit=1s", inject=STEADY)
     codes = run.codes()
     return _resumed(lab, run, codes, _last_is_saved(run.run_dir))
 
@@ -108,7 +108,7 @@ def twice(lab: Lab) -> Outcome:
 def lost(lab: Lab, number: signal.Signals, victim: int) -> Outcome:
     """One of two ranks dies or freezes."""
     run_dir, other = lab.fresh() / "run", 1 - victim
-    run = lab.start(run_dir, f"watch.silence={SILENCE}", ranks=2)
+    run = lab.start(run_dir, f"watch.silence={SILENCE}", ranks=2, inject=STEADY)
     run.until(partial(saved_steps, run_dir), "checkpoint")
     run.send(number, victim)
     began = time.monotonic()
