@@ -84,9 +84,10 @@ class Backbone:
         wanted = [range(self.depth)[index] for index in which]
         seen: dict[int, Tensor] = {}
         if wanted:
-            for done, x in zip(range(max(wanted) + 2), self.model.residual_stream(images), strict=False):
+            stream = self.model.residual_stream(images)
+            for done, (x, packing) in zip(range(max(wanted) + 2), stream, strict=False):
                 if done - 1 in wanted:
-                    seen[done - 1] = self.model.norm(x) if norm else x
+                    seen[done - 1] = packing.split(self.model.norm(x) if norm else x)[0]
         return [self._tokens(seen[index], self.grid(images)) for index in wanted]
 
     @torch.no_grad()

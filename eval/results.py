@@ -6,25 +6,17 @@ import datetime
 import json
 import os
 import platform
-import re
 import subprocess
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 import dinoreg
+from eval.backbone import Backbone
 
 FILE = "results.json"
-
-
-class Described(Protocol):
-    """What a result says about the backbone that was measured."""
-
-    name: str
-    digest: str
-    found: str
 
 
 @dataclass(frozen=True)
@@ -37,10 +29,11 @@ class Score:
     unit: str = "%"
     better: str = "higher"  # or lower
 
-    def __str__(self) -> str:
+    def texts(self) -> tuple[str, str]:
+        """The value and the interval, for people."""
         digits = 1 if self.unit == "%" else 3
         unit = f" {self.unit}" if self.unit else ""
-        return f"{self.value:.{digits}f}{unit} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+        return f"{self.value:.{digits}f}{unit}", f"{self.low:.{digits}f} to {self.high:.{digits}f}"
 
 
 @dataclass
@@ -62,7 +55,7 @@ class Result:
     files: dict[str, str] = field(default_factory=dict)
 
 
-def write_result(folder: Path, result: Result, backbone: Described, weights: str | Path, seconds: float) -> Path:
+def write_result(folder: Path, result: Result, backbone: Backbone, weights: str | Path, seconds: float) -> Path:
     """Write folder/results.json, which appears only when it is complete. weights: as the user named them."""
     content = {
         "suite": result.suite,
@@ -70,7 +63,7 @@ def write_result(folder: Path, result: Result, backbone: Described, weights: str
         "backbone": backbone.name,
         "digest": backbone.digest,
         "found": backbone.found,
-        "step": step_of(weights),
+        "step": backbone.step,
         "scores": {name: asdict(score) for name, score in result.scores.items()},
         "protocol": result.protocol,
         "data": result.data,
@@ -103,12 +96,6 @@ def write_json(path: Path, content: Any) -> Path:
 def read_scores(content: dict[str, Any]) -> dict[str, Score]:
     """The scores in the content of a results.json."""
     return {name: Score(**score) for name, score in content["scores"].items()}
-
-
-def step_of(weights: str | Path) -> int | None:
-    """The training step that a teacher's file is named after."""
-    found = re.fullmatch(r"step_(\d+)", Path(weights).stem)
-    return int(found.group(1)) if found else None
 
 
 def commit() -> str | None:

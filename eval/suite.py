@@ -9,47 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
 
 from dinoreg.config import ConfigError
 from dinoreg.parallel.mesh import Ranks
 
 LINE_EVERY = 20.0  # seconds between two lines of progress in a log file
-
-
-class Tokens(Protocol):
-    """Outputs of one block. cls (B, D), registers (B, R, D), patches (B, N, D) of the grid (h, w), row by row."""
-
-    @property
-    def cls(self) -> Tensor: ...
-    @property
-    def registers(self) -> Tensor: ...
-    @property
-    def patches(self) -> Tensor: ...
-    @property
-    def grid(self) -> tuple[int, int]: ...
-
-
-class Backbone(Protocol):
-    """A frozen network in eval mode, of whatever family: what suites rely on of `eval.backbone`."""
-
-    name: str
-    digest: str  # of the weights
-    found: str  # one line: format, architecture, registers, how positions are resampled
-    patch_size: int
-    embed_dim: int
-    depth: int
-    num_registers: int
-    image_size: int  # pixels a side that its position grid was learnt at
-
-    @property
-    def normalisation(self) -> tuple[Sequence[float], Sequence[float]]: ...
-    def layers(self, images: Tensor, which: Sequence[int], norm: bool = True) -> Sequence[Tokens]: ...
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from eval.results import Result
-from eval.suite import Backbone, Context
+if TYPE_CHECKING:
+    from eval.backbone import Backbone
+    from eval.results import Result
+    from eval.suite import Context
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,136 @@
+"""The `dinoreg-eval` command: a thin front. Each suite is a subcommand; `all` runs those that data are given for."""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from textwrap import dedent
+from typing import TYPE_CHECKING
+
+from dinoreg.cli import run_command
+from eval.suites import SUITES, Suite
+
+if TYPE_CHECKING:
+    from eval.running import Job
+
+OVERVIEW = """\
+usage: dinoreg-eval SUITE --weights FILE_OR_RUN_DIR --data FOLDER [--preset quick] [key=value ...]
+
+How good is a backbone? Of dinoreg, DINOv2, timm, Hugging Face, ...: what it is, is found by looking.
+
+{suites}
+  {all:<16} every suite that data are given for, in one go
+
+  dinoreg-eval SUITE --help explains each, with examples.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one suite, or all, and exit with 0, or 2 for a mistake, told in one line."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in dinoreg.cli
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    commands: dict[str, Callable[[Sequence[str]], int]] = {name: partial(one, suite) for name, suite in SUITES.items()}
+    commands["all"] = every
+    titles = "\n".join(f"  {suite.name:<16} {suite.title}" for suite in SUITES.values())
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    plain = {name: partial(_in_one_line, command) for name, command in commands.items()}
+    run_command("dinoreg-eval", plain, OVERVIEW.format(suites=titles, all="all"), words)
+
+
+def one(suite: Suite, words: Sequence[str]) -> int:
+    """`dinoreg-eval SUITE`."""
+    parser = _parser(
+        suite.name,
+        f"{suite.title[0].upper()}{suite.title[1:]}. Writes results.json, with everything that was chosen.",
+        f"""\
+        examples:
+          dinoreg-eval {suite.name} --weights runs/mine --data /data/{suite.data}
+          dinoreg-eval {suite.name} --weights dinov2_vits14_reg4_pretrain.pth --data DIR --output results/{suite.name}
+          dinoreg-eval {suite.name} --weights FILE --data train=DIR --data test=DIR --preset quick
+          torchrun --nproc-per-node 8 -m eval {suite.name} --weights FILE --data DIR
+
+        Every option with its default and its meaning: {suite.config} in {suite.module.replace(".", "/")}.py.""",
+    )
+    parser.add_argument(
+        "--data", action="append", required=True, metavar="FOLDER", help="where the images are; or train=DIR, test=DIR"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of the protocol")
+    asked = parser.parse_intermixed_args(words)
+
+    from eval.running import Job, run_jobs
+
+    return run_jobs(asked, [Job(suite, asked.data, asked.overrides)])
+
+
+def every(words: Sequence[str]) -> int:
+    """`dinoreg-eval all`."""
+    parser = _parser(
+        "all",
+        "Every suite that data are given for, in one process: the weights are opened once, features computed once.",
+        """\
+        examples:
+          dinoreg-eval all --weights runs/mine --data-imagenet /data/imagenet1k --preset quick
+          dinoreg-eval all --weights FILE --data-imagenet DIR knn.k=[10,20] knn.main_k=10""",
+    )
+    kinds = dict.fromkeys(suite.data for suite in SUITES.values())
+    for kind in kinds:
+        names = ", ".join(suite.name for suite in SUITES.values() if suite.data == kind)
+        parser.add_argument(f"--data-{kind}", action="append", default=[], metavar="FOLDER", help=f"for {names}")
+    parser.add_argument("overrides", nargs="*", metavar="SUITE.key=value", help="options of a suite's protocol")
+    asked = parser.parse_intermixed_args(words)
+
+    from eval.running import run_jobs
+
+    return run_jobs(asked, _jobs(asked, list(kinds)))
+
+
+def _jobs(asked: Namespace, kinds: Sequence[str]) -> list[Job]:
+    """A job for every suite that data are given for, with the overrides that begin with its name."""
+    from dinoreg.config import ConfigError
+    from eval.running import Job
+
+    data = {kind: getattr(asked, f"data_{kind}") for kind in kinds}
+    if not any(data.values()):
+        raise ConfigError(f"no data: give some of {', '.join(f'--data-{kind}' for kind in kinds)}")
+    chosen = [suite for suite in SUITES.values() if data[suite.data]]
+    own: dict[str, list[str]] = {suite.name: [] for suite in chosen}
+    for word in asked.overrides:
+        name, _, rest = word.partition(".")
+        if name not in own:
+            raise ConfigError(f"'{word}' begins with the name of no suite that runs: {', '.join(own)}")
+        own[name].append(rest)
+    return [Job(suite, data[suite.data], own[suite.name]) for suite in chosen]
+
+
+def _in_one_line(command: Callable[[Sequence[str]], int], words: Sequence[str]) -> int:
+    """What is wrong with weights or data is told like a mistake in an option."""
+    from dinoreg.config import ConfigError
+    from dinoreg.data.images import DataError
+    from dinoreg.models.formats import WeightsError
+
+    try:
+        return command(words)
+    except (WeightsError, DataError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def _parser(command: str, description: str, epilog: str) -> ArgumentParser:
+    parser = ArgumentParser(
+        f"dinoreg-eval {command}",
+        description=description,
+        epilog=dedent(epilog),
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--weights", required=True, metavar="FILE", help="a backbone's file or folder, or a run directory: its newest"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="for results.json (default: in the run, or results/)"
+    )
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="for features (default: ~/.cache/dinoreg/features)")
+    parser.add_argument("--preset", choices=("published", "quick"), default="published", help="default: %(default)s")
+    return parser

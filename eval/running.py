@@ -1,0 +1,99 @@
+"""Opens the backbone, runs suites on it one after the other, writes and shows what they found."""
+
+from __future__ import annotations
+
+import os
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from dinoreg.config import load
+from dinoreg.data.workers import choose_workers
+from dinoreg.parallel.mesh import setup_ranks
+from eval.backbone import Backbone, open_backbone
+from eval.results import Result, write_result
+from eval.suite import Context, Place
+from eval.suites import Suite
+
+
+@dataclass(frozen=True)
+class Job:
+    """A suite, what --data said for it, and its overrides."""
+
+    suite: Suite
+    data: Sequence[str]
+    overrides: Sequence[str]
+
+
+def run_jobs(asked: Namespace, jobs: Sequence[Job]) -> int:
+    """What the command line asked for; returns the exit code. All options are checked before anything is computed."""
+    quick = asked.preset == "quick"
+    configs = [
+        load(schema := job.suite.schema(), None, [*(schema.quick() if quick else []), *job.overrides]) for job in jobs
+    ]
+    places = [Place.of(job.data) for job in jobs]
+    ranks = setup_ranks()
+    try:
+        backbone = open_backbone(asked.weights).to(ranks.device)
+        if ranks.is_main:
+            print(f"{asked.weights}: {backbone.found}", flush=True)
+        results = []
+        for job, config, place in zip(jobs, configs, places, strict=True):
+            output = output_of(asked, job.suite.name, backbone, alone=len(jobs) == 1)
+            workers = choose_workers(ranks.local_world)
+            context = Context(ranks, place, output, asked.cache or default_cache(), workers)
+            results.append(_run(job.suite, config, backbone, context, asked))
+        if ranks.is_main:
+            show(results)
+    finally:
+        ranks.close()
+    return 0
+
+
+def _run(suite: Suite, config: object, backbone: Backbone, context: Context, asked: Namespace) -> Result:
+    start = time.perf_counter()
+    result = suite.runner()(backbone, config, context)
+    if asked.preset != "published":
+        result.notes.insert(0, f"the {asked.preset} preset, which is shorter than the published protocol")
+    if context.ranks.is_main:
+        result.protocol["preset"] = asked.preset
+        path = write_result(context.output, result, backbone, asked.weights, time.perf_counter() - start)
+        print(f"{suite.name}: {path}", flush=True)
+    return result
+
+
+def output_of(asked: Namespace, suite: str, backbone: Backbone, alone: bool) -> Path:
+    """The folder for a suite's results: beside the run that made the weights, else below results/."""
+    if asked.output:
+        return Path(asked.output) if alone else asked.output / suite
+    weights = Path(asked.weights)
+    run = weights.parents[1] if weights.parent.name == "teacher" else weights
+    if backbone.step is not None and (run / "teacher").is_dir():
+        return run / "eval" / suite / f"step_{backbone.step:08d}"
+    return Path("results") / weights.stem / suite
+
+
+def default_cache() -> Path:
+    """Where the system wants things that may be computed again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dinoreg" / "features"
+
+
+def show(results: Sequence[Result]) -> None:
+    """A table of all figures with their intervals, and what a reader of them must know."""
+    table = Table(title="95 % intervals, by a bootstrap over the test images")
+    for heading in ("suite", "score", "value", "interval"):
+        table.add_column(heading, justify="right" if heading in ("value", "interval") else "left")
+    for result in results:
+        for number, (name, score) in enumerate(result.scores.items()):
+            table.add_row("" if number else result.suite, name, *score.texts(), style="bold" if not number else None)
+        table.add_section()
+    console = Console()
+    console.print(table)
+    for result in results:
+        for note in result.notes:
+            console.print(f"{result.suite}: {note}", soft_wrap=True, markup=False, highlight=False)
