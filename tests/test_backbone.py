@@ -75,7 +75,7 @@ def test_attention_times_values_is_what_the_block_adds(layer: int) -> None:
     assert q.shape == k.shape == v.shape == (2, 2, tokens, 16)
     block = ours.model.blocks[layer]
     index = range(ours.depth)[layer]
-    stream = list(ours.model.residual_stream(batch))
+    stream = [packing.split(x)[0] for x, packing in ours.model.residual_stream(batch)]
     mixed = (attention @ v).transpose(1, 2).flatten(2)
     after = stream[index] + block.ls1(block.attn.proj(mixed))  # type: ignore[operator,union-attr]
     after = after + block.ffn_branch(after)  # type: ignore[operator]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dinoreg.models.attention import attend
 from dinoreg.models.packing import KeptRows, Packing
+from dinoreg.models.rotary import rotate
 
 
 def init_linear(layer: nn.Linear) -> None:
@@ -26,12 +27,15 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def query_key_value(self, x: Tensor) -> tuple[Tensor, ...]:
-        """x (T, D) -> three (T, heads, head_dim)."""
-        return self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
+    def query_key_value(self, x: Tensor, packing: Packing) -> tuple[Tensor, Tensor, Tensor]:
+        """x (T, D) -> three (T, heads, head_dim), the first two turned where positions are rotary."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
+        if packing.turns is not None:
+            q, k = rotate(q, packing.turns), rotate(k, packing.turns)
+        return q, k, v
 
     def forward(self, x: Tensor, packing: Packing, backend: str) -> Tensor:
-        q, k, v = self.query_key_value(x)
+        q, k, v = self.query_key_value(x, packing)
         return self.proj(attend(q, k, v, packing, backend).flatten(1))
 
     def init_weights(self) -> None:
@@ -39,16 +43,22 @@ class Attention(nn.Module):
         init_linear(self.proj)
 
 
+def quick_gelu(x: Tensor) -> Tensor:
+    """x sigmoid(1.702 x), CLIP's approximation of GELU (Hendrycks & Gimpel, arXiv 1606.08415)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
 class Mlp(nn.Module):
     """Two layers with a GELU between them."""
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(self, dim: int, hidden: int, quick: bool = False) -> None:
         super().__init__()
+        self.activation = quick_gelu if quick else F.gelu
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.activation(self.fc1(x)))
 
     def init_weights(self) -> None:
         init_linear(self.fc1)
@@ -95,12 +105,12 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: attention, then feed-forward, each added to the residual stream."""
 
-    def __init__(self, dim: int, num_heads: int, ffn: Mlp | SwiGLU, layerscale: float) -> None:
+    def __init__(self, dim: int, num_heads: int, ffn: Mlp | SwiGLU, layerscale: float, norm_eps: float = 1e-6) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = Attention(dim, num_heads)
         self.ls1: nn.Module = LayerScale(dim, layerscale) if layerscale else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = ffn
         self.ls2: nn.Module = LayerScale(dim, layerscale) if layerscale else nn.Identity()
 

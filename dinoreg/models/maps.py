@@ -30,14 +30,15 @@ def attention_rows(model: VisionTransformer, images: Tensor, block: int = -1) ->
 def query_key_value(model: VisionTransformer, images: Tensor, block: int = -1) -> tuple[Tensor, ...]:
     """What attention compares and mixes in one block: q, k, v, each (B, heads, 1 + R + N, head_dim).
 
-    With their biases, unscaled. images: (B, C, H, W); block: an index as into a list. Raises IndexError beyond it.
+    With their biases, turned where positions are rotary, unscaled. images: (B, C, H, W); block: an index as into a
+    list. Raises IndexError beyond it.
     """
     index = range(model.depth)[block]
     last = model.blocks[index]
     assert isinstance(last, Block)
-    x = next(islice(model.residual_stream(images), index, None))
-    parts = last.attn.query_key_value(last.norm1(x).flatten(0, 1))
-    return tuple(part.unflatten(0, x.shape[:2]).transpose(1, 2) for part in parts)
+    x, packing = next(islice(model.residual_stream(images), index, None))
+    parts = last.attn.query_key_value(last.norm1(x), packing)
+    return tuple(packing.split(part)[0].transpose(1, 2) for part in parts)
 
 
 def attention_maps(model: VisionTransformer, images: Tensor, block: int = -1) -> Tensor:

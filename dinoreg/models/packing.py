@@ -14,14 +14,18 @@ class Packing:
     """Layout of a packed tensor: for each resolution, how many sequences of how many tokens, in this order.
 
     `boundaries` holds, on the device, the row where each sequence starts and, last, T (int32): what kernels for
-    sequences of different lengths ask for. It is made once a forward, outside of what is compiled.
+    sequences of different lengths ask for. It is made once a forward, outside of what is compiled. `turns`, where
+    positions are rotary, is the (T, 2, head_dim) that `dinoreg.models.rotary` turns queries and keys by.
     """
 
     groups: tuple[tuple[int, int], ...]
     boundaries: Tensor = field(compare=False, repr=False)
+    turns: Tensor | None = field(default=None, compare=False, repr=False)
 
     @staticmethod
-    def of(groups: Sequence[tuple[int, int]], device: torch.device | str = "cpu") -> Packing:
+    def of(
+        groups: Sequence[tuple[int, int]], device: torch.device | str = "cpu", turns: Tensor | None = None
+    ) -> Packing:
         """The layout of `groups` = (sequences, tokens each) pairs."""
         starts = [torch.arange(count, dtype=torch.int32) * tokens for count, tokens in groups]
         offsets = [0]
@@ -31,7 +35,7 @@ class Packing:
         host = host.to(torch.int32)
         if torch.device(device).type == "cuda":
             host = host.pin_memory()  # an ordinary copy would make the host wait for the device
-        return Packing(tuple(groups), host.to(device, non_blocking=True))
+        return Packing(tuple(groups), host.to(device, non_blocking=True), turns)
 
     @property
     def sequences(self) -> int:
@@ -101,7 +105,10 @@ def _layout(packing: Packing, counts: Sequence[int], dtype: torch.dtype) -> tupl
         torch.full((count * tokens, 1), b / count, device=device, dtype=dtype)
         for count, (b, tokens) in zip(counts, packing.groups, strict=True)
     ]
-    return Packing.of(groups, device), torch.cat(gains)
+    turns = packing.turns
+    if turns is not None:  # those of a group's sequences are all alike
+        turns = torch.cat([t[:count].flatten(0, 1) for t, count in zip(packing.split(turns), counts, strict=True)])
+    return Packing.of(groups, device, turns), torch.cat(gains)
 
 
 def _shuffled_rows(packing: Packing, blocks: int, generator: torch.Generator | None) -> list[Tensor]:

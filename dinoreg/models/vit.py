@@ -14,6 +14,7 @@ from dinoreg.config import ConfigError
 from dinoreg.models.attention import resolve_backend
 from dinoreg.models.layers import Block, Mlp, SwiGLU
 from dinoreg.models.packing import Packing, draw_kept_rows
+from dinoreg.models.rotary import rotations
 
 
 class Arch(NamedTuple):
@@ -44,15 +45,20 @@ class ModelConfig:
     embed_dim: int | None = None  # overrides the width of `arch`
     depth: int | None = None  # overrides the number of blocks of `arch`
     num_heads: int | None = None  # overrides the attention heads of `arch`
+    ffn_width: int | None = None  # overrides the hidden width of the feed-forward layers
     patch_size: int = 14
     image_size: int = 224  # pixels; the learnt position grid is image_size / patch_size on each side
     in_channels: int = 3
     num_registers: int = 4
     register_std: float = 1e-6  # of their initial values; DINOv3's is 0.02, with which they part sooner
     ffn: Literal["mlp", "swiglu"] = "mlp"
+    activation: Literal["gelu", "quick_gelu"] = "gelu"  # of an mlp; quick_gelu is CLIP's
+    pre_norm: bool = False  # a LayerNorm before the first block too, as in CLIP
+    norm_eps: float = 1e-6  # of every LayerNorm; CLIP's and DINOv3's is 1e-5
     layerscale: float = 1e-5  # initial gain of each residual branch; 0 leaves LayerScale out
     drop_path: float = 0.0  # share of rows whose residual branch is skipped, student only
     drop_path_shape: Literal["uniform", "linear"] = "uniform"  # same rate in each block, or 0 rising to drop_path
+    rope_base: float = 0.0  # longest period of rotary positions, 100 in DINOv3; 0 learns a grid of positions instead
     pos_antialias: bool = True  # resample position embeddings with antialiasing (registers paper, appendix A)
     pos_offset: float = 0.0  # DINOv2 without registers resampled with 0.1
     init_from: str | None = None  # weights to start from: file, Hugging Face folder, timm or DINOv2 state dict
@@ -72,6 +78,8 @@ class ModelConfig:
     @property
     def ffn_hidden(self) -> int:
         """Hidden width of the feed-forward layers."""
+        if self.ffn_width:
+            return self.ffn_width
         hidden = round(self.size.embed_dim * self.size.mlp_ratio)
         return SwiGLU.hidden_size(hidden) if self.ffn == "swiglu" else hidden
 
@@ -86,6 +94,11 @@ class ModelConfig:
             raise ConfigError(
                 f"patches of {self.patch_size} pixels do not tile images of {self.image_size}", key="patch_size"
             )
+        if self.rope_base and dim // heads % 4:
+            raise ConfigError(f"rotary positions need heads of 4n channels, not {dim // heads}", key="rope_base")
+        for key in ("rope_base", "norm_eps", "ffn_width"):
+            if (getattr(self, key) or 0) < 0:
+                raise ConfigError("cannot be negative", key=key)
         if self.in_channels < 1:
             raise ConfigError("an image has at least one channel", key="in_channels")
         if self.num_registers < 0:
@@ -128,7 +141,8 @@ class PatchEmbed(nn.Module):
 class VisionTransformer(nn.Module):
     """A ViT whose sequence is [CLS, registers, patches] (Vision Transformers Need Registers, section 2.3).
 
-    Registers join after the position embedding was added and have none. Images of several sizes pass through in one
+    Registers join after the position embedding was added and have none. `rope_base` turns queries and keys of patches
+    by their place instead of adding positions. Images of several sizes pass through in one
     packed sequence, in which each image only sees itself. Construct through `build_vit`.
     """
 
@@ -151,24 +165,28 @@ class VisionTransformer(nn.Module):
 
         self.patch_embed = PatchEmbed(cfg.patch_size, cfg.in_channels, dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.grid[0] * self.grid[1], dim))
-        self.mask_token = nn.Parameter(torch.empty(1, dim))
         # None rather than an empty tensor: optimisers, checkpoints and sharding all stumble over empty parameters.
+        positions = None if cfg.rope_base else torch.empty(1, 1 + self.grid[0] * self.grid[1], dim)
+        self.pos_embed = None if positions is None else nn.Parameter(positions)
+        self.mask_token = nn.Parameter(torch.empty(1, dim))
         self.register_tokens = nn.Parameter(torch.empty(1, cfg.num_registers, dim)) if cfg.num_registers else None
-        ffn = SwiGLU if cfg.ffn == "swiglu" else Mlp
+        self.norm_pre: nn.Module = nn.LayerNorm(dim, eps=cfg.norm_eps) if cfg.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(
-            Block(dim, heads, ffn(dim, cfg.ffn_hidden), cfg.layerscale) for _ in range(depth)
-        )  # fmt: skip
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+            Block(dim, heads, _feed_forward(cfg), cfg.layerscale, cfg.norm_eps) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(dim, eps=cfg.norm_eps)
 
     def init_weights(self) -> None:
         """Fill every parameter with DINOv2's initial values, whatever is in it now (also after `to_empty`)."""
         self.patch_embed.proj.reset_parameters()
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        if self.pos_embed is not None:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
         nn.init.zeros_(self.mask_token)
         if self.register_tokens is not None:
             nn.init.normal_(self.register_tokens, std=self.config.register_std)
+        if isinstance(self.norm_pre, nn.LayerNorm):
+            self.norm_pre.reset_parameters()
         for block in self.blocks:
             block.init_weights()  # type: ignore[operator]
         self.norm.reset_parameters()
@@ -197,17 +215,17 @@ class VisionTransformer(nn.Module):
         """Features of one batch (B, C, H, W); see `forward`."""
         return self([images], [masks])[0]
 
-    def residual_stream(self, images: Tensor) -> Iterator[Tensor]:
-        """What enters each block in turn and, last, what leaves the final one: depth + 1 times (B, 1 + R + N, D).
+    def residual_stream(self, images: Tensor) -> Iterator[tuple[Tensor, Packing]]:
+        """Packed tokens of one batch and their layout as they enter each block and, last, leave the final one.
 
         Each is computed when it is asked for, so whoever stops early pays for no more than was seen.
         """
         x, packing, _ = self.embed([images])
         backend = self.backend(x)
-        yield packing.split(x)[0]
+        yield x, packing
         for block in self.blocks:
             x = block(x, packing, backend)
-            yield packing.split(x)[0]
+            yield x, packing
 
     def embed(
         self, images: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None
@@ -215,8 +233,9 @@ class VisionTransformer(nn.Module):
         """What enters the first block: packed tokens (T, D), their layout, and each batch's grid; see `forward`."""
         grids = [self._grid_of(batch) for batch in images]
         tokens = [self._embed(*each) for each in zip(images, masks or [None] * len(images), grids, strict=True)]
-        packing = Packing.of([(t.shape[0], t.shape[1]) for t in tokens], tokens[0].device)
-        return torch.cat([t.flatten(0, 1) for t in tokens]), packing, grids
+        x = torch.cat([t.flatten(0, 1) for t in tokens])
+        turns = self._turns([len(t) for t in tokens], grids, x) if self.config.rope_base else None
+        return x, Packing.of([(t.shape[0], t.shape[1]) for t in tokens], x.device, turns), grids
 
     def backend(self, x: Tensor) -> str:
         """The attention backend for tokens like `x`; see `resolve_backend`."""
@@ -235,22 +254,31 @@ class VisionTransformer(nn.Module):
     def _embed(self, images: Tensor, mask: Tensor | None, grid: tuple[int, int]) -> Tensor:
         """Tokens of one batch (B, 1 + R + N, D)."""
         patches = self.patch_embed(images)
-        cls_pos, patch_pos = self._position(grid)
-        cls = self.cls_token + cls_pos
+        cls: Tensor = self.cls_token
         if mask is not None:
             patches = torch.where(mask[..., None], self.mask_token, patches)
         elif self.training:
             # In a step without masks the token's gradient is then zero instead of absent, the same on every rank.
             cls = cls + 0 * self.mask_token
+        if self.pos_embed is not None:
+            cls_pos, patch_pos = self._position(self.pos_embed, grid)
+            cls, patches = cls + cls_pos, patches + patch_pos
         count = len(patches)
-        parts = [cls.expand(count, -1, -1), patches + patch_pos]
+        parts = [cls.expand(count, -1, -1), patches]
         if self.register_tokens is not None:
             parts.insert(1, self.register_tokens.expand(count, -1, -1))
-        return torch.cat(parts, dim=1)
+        return self.norm_pre(torch.cat(parts, dim=1))
 
-    def _position(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def _turns(self, counts: Sequence[int], grids: Sequence[tuple[int, int]], x: Tensor) -> Tensor:
+        """Rotations (T, 2, head_dim) of all tokens of batches of `counts` images, at least in fp32."""
+        before, head_dim = 1 + self.num_registers, self.embed_dim // self.num_heads
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        tables = [rotations(grid, before, head_dim, self.config.rope_base, x.device, dtype) for grid in grids]
+        return torch.cat([table.repeat(count, 1, 1) for table, count in zip(tables, counts, strict=True)])
+
+    def _position(self, pos_embed: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Position embeddings of CLS (1, 1, D) and of a grid of patches (1, h * w, D)."""
-        cls_pos, patch_pos = self.pos_embed[:, :1], self.pos_embed[:, 1:]
+        cls_pos, patch_pos = pos_embed[:, :1], pos_embed[:, 1:]
         if grid != self.grid:
             patch_pos = resample_positions(
                 patch_pos, self.grid, grid, antialias=self.config.pos_antialias, offset=self.config.pos_offset
@@ -287,6 +315,12 @@ def resample_positions(
     if image.shape[-2:] != new:
         raise ValueError(f"pos_offset {offset} makes a grid of {tuple(image.shape[-2:])} instead of {new}: choose less")
     return image.flatten(2).transpose(1, 2).to(positions.dtype)
+
+
+def _feed_forward(cfg: ModelConfig) -> Mlp | SwiGLU:
+    if cfg.ffn == "swiglu":
+        return SwiGLU(cfg.size.embed_dim, cfg.ffn_hidden)
+    return Mlp(cfg.size.embed_dim, cfg.ffn_hidden, quick=cfg.activation == "quick_gelu")
 
 
 def _drop_rates(cfg: ModelConfig) -> list[float]:

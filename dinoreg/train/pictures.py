@@ -70,7 +70,7 @@ class _Row:
         self.pixels, self.name = pixels, name
         self.height, self.width = pixels.shape[1:]
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (photometric.mean, photometric.std))
-        images = ((pixels.float() / 255 - mean) / std)[None].to(model.pos_embed.device)
+        images = ((pixels.float() / 255 - mean) / std)[None].to(model.cls_token.device)
         with torch.no_grad():
             features = model.forward_features(images)
             self.attention = attention_maps(model, images)[0].float().mean(1).cpu()  # (1 + R, h, w)
