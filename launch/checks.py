@@ -10,26 +10,24 @@ from pathlib import Path
 from dinoreg.config import ConfigError
 from launch import slurm
 from launch.config import LaunchConfig
-from launch.recipe import LaunchedRun
 
 IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
 OF_ONE_MACHINE = ("/tmp", "/var/tmp", "/dev/shm", "/run")
 
 
-def check_slurm(config: LaunchedRun) -> None:
+def check_slurm(asked: LaunchConfig, folder: Path) -> None:
     """Raises ConfigError on what the cluster cannot do, and on a run directory that its nodes cannot see."""
     slurm.require_slurm()
-    partition = find_partition(config.launch, slurm.partitions())
-    _check_run_dir(Path(config.run_dir), partition)
+    _check_run_dir(folder, find_partition(asked, slurm.partitions()))
 
 
-def check_local(config: LaunchedRun, debug: bool) -> None:
+def check_local(asked: LaunchConfig, folder: Path, debug: bool) -> None:
     """Raises ConfigError on what is not for one machine, or not for one process."""
-    if config.launch.nodes > 1:
-        raise ConfigError(f"this machine is one node, not {config.launch.nodes}", key="launch.nodes")
-    if debug and config.launch.world > 1:
+    if asked.nodes > 1:
+        raise ConfigError(f"this machine is one node, not {asked.nodes}", key="launch.nodes")
+    if debug and asked.world > 1:
         raise ConfigError("a debugger watches one process: give 0 or 1", key="launch.gpus_a_node")
-    check_writable(Path(config.run_dir))
+    check_writable(folder)
 
 
 def find_partition(asked: LaunchConfig, known: dict[str, slurm.Partition]) -> slurm.Partition:

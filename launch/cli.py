@@ -57,7 +57,7 @@ def train(words: Sequence[str]) -> int:
 
     config = load_launched(asked.config, asked.overrides)
     if asked.dry_run:
-        print(script(config))
+        print(script(config.launch, Path(config.run_dir)))
         return 0
     _say_submitted(submit(config, asked.cluster), config.run_dir)
     return 0

@@ -34,16 +34,19 @@ def states(jobs: dict[Path, Job]) -> dict[Path, JobState | None]:
 def _local(run_dir: Path, job: Job) -> JobState | None:
     if job.host != socket.gethostname():
         return JobState("UNKNOWN", f"on {job.host}")
-    return JobState("RUNNING") if _is_alive(run_dir, job) else None
+    if job.ended or not _is_alive(run_dir, job):
+        return None
+    return JobState("RUNNING") if job.starts else JobState("PENDING", "waits for the others")
 
 
 def _is_alive(run_dir: Path, job: Job) -> bool:
     """By its command line too: another process may have the number by now."""
     try:
-        words = Path(f"/proc/{job.id}/cmdline").read_bytes().split(b"\0")
+        words = Path(f"/proc/{job.id.partition('_')[0]}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return False
-    return any(str(run_dir).encode() in word for word in words)
+    own = (str(run_dir).encode(), os.path.normpath(run_dir / job.logs).encode())
+    return any(folder in word for word in words for folder in own)
 
 
 def cancel(run_dir: Path) -> Job:
@@ -53,9 +56,9 @@ def cancel(run_dir: Path) -> Job:
         raise ConfigError(f"{run_dir} has no job that waits or runs")
     with editing(run_dir, job.id) as entry:
         entry.cancelled = now()
-    if job.cluster in HERE:
+    if job.cluster == "debug":
         os.kill(int(job.id), signal.SIGTERM)
-    else:
+    elif job.cluster != "local":  # whose process looks into the record
         slurm.cancel(job.id)
     return job
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from dinoreg.config import ConfigError
 from launch.jobs import active_job
 from launch.record import Job, read_jobs
-from launch.task import LOGS
 
 TAIL = 1 << 16  # bytes at the end of a log in which its reason is looked for
 PAUSE = 0.5  # seconds between two looks at a log that is followed
@@ -18,7 +17,7 @@ ASK_EVERY = 10.0  # seconds between two questions whether the job still runs
 
 # The line that says what went wrong, the best first: a run's own, a rank's about another, Python's, then Slurm's.
 _REASONS = (
-    re.compile(r"^dinoreg(-launch)?: (?!ended with)(.+)"),
+    re.compile(r"^dinoreg(-launch|-eval)?: (?!ended with)(.+)"),
     re.compile(r"^rank \d+( \(.*\))?,? .*(is gone|failed|hangs|frozen|no sign|stands still).*"),
     re.compile(r"^(\w+\.)*\w*(Error|Exception|Interrupt)\b.*"),
     re.compile(r"^(slurmstepd|srun|sbatch|bash|sh|/)\S*: .+"),
@@ -29,7 +28,7 @@ _NOISE = re.compile(r"Exited with exit code|Job step aborted|STEP \S+ ON|forcing
 
 def log_of(run_dir: Path, job: Job, rank: int = 0) -> Path:
     """What one task of a job printed, over all its starts; the first task's holds what sbatch said too."""
-    return run_dir / LOGS / f"{job.id}_{rank}_log.out"
+    return run_dir / job.logs / f"{job.id}_{rank}_log.out"
 
 
 def why(run_dir: Path, job: Job) -> str | None:

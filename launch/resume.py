@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,4 +25,4 @@ def resume(run_dir: Path, overrides: Sequence[str], cluster: Cluster, new_code: 
 def _last_code(run_dir: Path) -> Snapshot | None:
     """The snapshot of the latest job, if it is still there."""
     jobs = [job for job in read_jobs(run_dir) if (run_dir / job.code / "__main__.py").is_file()]
-    return Snapshot(run_dir / jobs[-1].code, jobs[-1].commit) if jobs else None
+    return Snapshot(Path(os.path.normpath(run_dir / jobs[-1].code)), jobs[-1].commit) if jobs else None

@@ -10,7 +10,7 @@ from dinoreg.config import ConfigError
 from launch import jobs
 from launch.glance import Glance, glance
 from launch.logs import why
-from launch.record import NAME, Job
+from launch.record import NAME, Job, read_jobs
 from launch.slurm import JobState
 
 HEADER = ("RUN", "JOB", "STATE", "STEP", "IMG/S", "ETA", "SAVED", "SCORE", "REQUEUES")
@@ -22,6 +22,7 @@ class Row:
 
     run: str
     job: Job
+    requeues: int  # of all its jobs
     state: str
     glance: Glance
     note: str | None
@@ -33,7 +34,7 @@ class Row:
             *(self.run, self.job.id, self.state, f"{at.step}/{at.total or '?'}"),
             f"{at.images_per_second:.1f}" if at.images_per_second is not None else "-",
             duration(at.seconds_left) if running and at.seconds_left is not None else "-",
-            *(str(at.checkpoint or "-"), at.score or "-", str(self.job.requeues)),
+            *(str(at.checkpoint or "-"), at.score or "-", str(self.requeues)),
         )
 
 
@@ -61,7 +62,7 @@ def _row(run: Path, job: Job, state: JobState | None) -> Row:
         note = None if name == "finished" else why(run, job)
         if name == "cancelled" and not (note or "").startswith("stopped by"):
             note = f"it had no time to save what came after step {at.checkpoint}"
-    return Row(str(run), job, name, at, note)
+    return Row(str(run), job, sum(each.requeues for each in read_jobs(run)), name, at, note)
 
 
 def state_name(job: Job, state: JobState | None, finished: bool) -> str:

@@ -1,14 +1,12 @@
-"""Give a run to Slurm, to this machine, or to a debugger."""
+"""Give work to Slurm, to this machine, or to a debugger: one run, or many things at once as an array."""
 
 from __future__ import annotations
 
 import io
 import os
-import signal
 import socket
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Literal
 
@@ -16,8 +14,10 @@ import submitit
 from submitit.core.utils import FailedJobError
 
 from dinoreg.config import ConfigError, to_yaml
+from launch import local
 from launch.checks import check_local, check_slurm
-from launch.executors import local_executor, slurm_executor
+from launch.config import LaunchConfig
+from launch.executors import slurm_executor
 from launch.jobs import active_job
 from launch.recipe import LaunchedRun
 from launch.record import editing, now
@@ -27,9 +27,9 @@ from launch.task import LOGS, RECIPE, Task
 Cluster = Literal["slurm", "local", "debug"]
 
 
-def script(config: LaunchedRun) -> str:
-    """The sbatch script that would be submitted. Nothing is written."""
-    return slurm_executor(config, Path(config.run_dir) / "code" / "SNAPSHOT").script()
+def script(asked: LaunchConfig, folder: Path, count: int = 1) -> str:
+    """The sbatch script that would be submitted for a run, or for an array of `count`. Nothing is written."""
+    return slurm_executor(asked, folder, folder / "code" / "SNAPSHOT").script(count)
 
 
 def submit(config: LaunchedRun, cluster: Cluster, code: Snapshot | None = None) -> str:
@@ -45,56 +45,56 @@ def submit(config: LaunchedRun, cluster: Cluster, code: Snapshot | None = None) 
             f"{run_dir}",
             key="run_dir",
         )
-    if cluster == "slurm":
-        check_slurm(config)
-    else:
-        check_local(config, debug=cluster == "debug")
+    check(config.launch, run_dir, cluster)
     code = code or take_snapshot(run_dir)
-    (run_dir / LOGS).mkdir(exist_ok=True)
+    return queue([training(config, cluster, code)], config.launch, run_dir, cluster, code)[0]
+
+
+def check(asked: LaunchConfig, folder: Path, cluster: Cluster) -> None:
+    """Raises ConfigError on what cannot run there, or has no folder that can be written to."""
+    if cluster == "slurm":
+        check_slurm(asked, folder)
+    else:
+        check_local(asked, folder, debug=cluster == "debug")
+
+
+def training(config: LaunchedRun, cluster: Cluster, code: Snapshot) -> Task:
+    """The task of a run, whose recipe is written into its directory."""
+    run_dir = Path(config.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / RECIPE).write_text(to_yaml(config))
     patience = config.launch.max_requeues_without_progress
-    task = Task(str(run_dir), str(code.folder), str(Path.cwd()), cluster, patience)
+    return Task(str(run_dir), str(code.folder), str(Path.cwd()), cluster, patience)
+
+
+def queue(tasks: Sequence[Task], asked: LaunchConfig, folder: Path, cluster: Cluster, code: Snapshot) -> list[str]:
+    """Submit tasks, several as one array whose logs lie below `folder`; their ids. Raises ConfigError."""
+    (folder / LOGS).mkdir(parents=True, exist_ok=True)
     if cluster == "debug":
-        _note(run_dir, str(os.getpid()), cluster, code)
-        submitit.DebugExecutor(run_dir / LOGS).submit(task).results()
-    job_id = _to_slurm(config, task) if cluster == "slurm" else _to_this_machine(config, task)
-    _note(run_dir, job_id, cluster, code)
-    return job_id
+        _note(tasks[0], str(os.getpid()), folder, code)
+        submitit.DebugExecutor(folder / LOGS).submit(tasks[0]).results()
+    give = _to_slurm if cluster == "slurm" else local.start
+    ids = give(tasks, asked, folder)
+    for task, job_id in zip(tasks, ids, strict=True):
+        _note(task, job_id, folder, code)
+    return ids
 
 
-def _to_slurm(config: LaunchedRun, task: Task) -> str:
+def _to_slurm(tasks: Sequence[Task], asked: LaunchConfig, folder: Path) -> list[str]:
     said = io.StringIO()
+    executor = slurm_executor(asked, folder, Path(tasks[0].code))
     try:
-        with redirect_stderr(said):  # where submitit prints what sbatch says
-            return str(slurm_executor(config, Path(task.code)).submit(task).job_id)
+        with redirect_stderr(said), executor.batch():  # where submitit prints what sbatch says
+            jobs = [executor.submit(task) for task in tasks]
     except FailedJobError:
         words = " ".join(said.getvalue().replace("sbatch: error: ", "").split())
         raise ConfigError(f"nothing is queued, for sbatch says: {words}") from None
+    return [str(job.job_id) for job in jobs]
 
 
-def _to_this_machine(config: LaunchedRun, task: Task) -> str:
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the run stays when the terminal is closed
-    with _output_to(Path(config.run_dir) / LOGS / "local.log"):
-        return str(local_executor(config, Path(task.code)).submit(task).job_id)
-
-
-@contextmanager
-def _output_to(path: Path) -> Iterator[None]:
-    """Processes that are started in here hold no pipe or terminal of ours."""
-    sys.stdout.flush()
-    kept = os.dup(1), os.dup(2)
-    with path.open("ab") as log:
-        try:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
-            yield
-        finally:
-            for number, copy in enumerate(kept, 1):
-                os.dup2(copy, number)
-                os.close(copy)
-
-
-def _note(run_dir: Path, job_id: str, cluster: Cluster, code: Snapshot) -> None:
+def _note(task: Task, job_id: str, folder: Path, code: Snapshot) -> None:
+    run_dir = Path(task.run_dir)
     with editing(run_dir, job_id) as job:
-        job.cluster, job.host, job.submitted = cluster, socket.gethostname(), now()
-        job.commit, job.code = code.commit, str(code.folder.relative_to(run_dir))
+        job.cluster, job.host, job.submitted = task.cluster, socket.gethostname(), now()
+        job.commit, job.code = code.commit, os.path.relpath(code.folder, run_dir)
+        job.logs = os.path.relpath(folder / LOGS, run_dir)

@@ -80,6 +80,8 @@ class Task:
 def peers(job: str, rank: int, world: int) -> dict[str, str]:
     """What `dinoreg` needs to find the other tasks of this machine; Slurm's it finds by itself."""
     number, _, element = job.partition("_")  # of an array
-    port = 20000 + (int(number) + 101 * int(element or 0)) % 10000  # below what the system hands out; another for another job
+    port = (
+        20000 + (int(number) + 101 * int(element or 0)) % 10000
+    )  # below what the system hands out; another for another job
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
     return {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in names.items()}}
