@@ -29,7 +29,7 @@ class ProbeConfig:
     image_size: int = 0  # pixels that the network sees; 0 = 224, or what it was trained at where that is less
     zoom: float = 256 / 224  # the short side is resized to this many times the image size before the central crop
     batch: int = 256  # images that are read, and pass through the network, together; halves itself for want of memory
-    precision: Precision = "auto"  # of the network; auto = bf16 on GPUs, else fp32
+    precision: Precision = "auto"  # of the network; auto = bf16 on GPUs and on processors with bf16, else fp32
     max_train: int = 0  # images, drawn evenly over the classes; 0 = all
     max_test: int = 0  # images, drawn evenly over the classes; 0 = all
     max_bad_share: float = 0.01  # of the images may be unreadable; they are counted, named and left out

@@ -38,7 +38,8 @@ class Suite:
 
 
 # In the order in which `all` runs them: who wants most of a data set comes first, and the others find its features.
-SUITES = {
-    suite.name: suite
-    for suite in (Suite("knn", "k nearest neighbours of class tokens", "imagenet", "eval.suites.knn", "KnnConfig"),)
-}
+_ALL = [
+    Suite("knn", "k nearest neighbours of class tokens", "imagenet", "eval.suites.knn", "KnnConfig"),
+    Suite("logreg", "logistic regression on class tokens", "imagenet", "eval.suites.logreg", "LogregConfig"),
+]
+SUITES = {suite.name: suite for suite in _ALL}
