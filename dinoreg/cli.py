@@ -87,7 +87,8 @@ def train(words: Sequence[str]) -> int:
         exit codes:
           0   finished
           2   a mistake, told in one line
-          75  stopped by SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C or train.time_limit, and saved: the same command goes on
+          75  stopped by SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C or train.time_limit, and saved, or the port where
+              the processes were to meet was taken: the same command goes on
           76  another process died or hangs, told in one line; start all again
 
         Every option with its default and its meaning: the dataclasses that dinoreg/train/recipe.py puts together.""",
@@ -107,6 +108,7 @@ def train(words: Sequence[str]) -> int:
         _print_plan(config, cluster)
         return 0
     require_sources(config.data.sources)
+    from dinoreg.parallel.mesh import PortTaken
     from dinoreg.train.stopping import EXIT_STOPPED, Stopped
     from dinoreg.train.trainer import train as run
 
@@ -115,6 +117,9 @@ def train(words: Sequence[str]) -> int:
     except Stopped as stopped:
         if _is_first_process():
             print(f"dinoreg: {stopped}", file=sys.stderr)
+        return EXIT_STOPPED
+    except PortTaken as taken:
+        print(f"dinoreg: {taken}", file=sys.stderr)
         return EXIT_STOPPED
     return 0
 

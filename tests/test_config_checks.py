@@ -82,10 +82,11 @@ def test_both_weights_zero() -> None:
 
 
 def test_what_is_off_is_not_checked() -> None:
-    load(RunConfig, None, [*RUN, "crops.local_count=0", "crops.local_size=97"])
-    load(RunConfig, None, [*RUN, "objective.koleo.weight=0", "train.batch_size=1"])
-    load(RunConfig, None, [*RUN, "objective.ibot.weight=0", "masks.probability=0"])
-    load(RunConfig, None, [*RUN, "optim.warmup=10 epochs"])  # compared once the number of images is known
+    assert load(RunConfig, None, [*RUN, "crops.local_count=0", "crops.local_size=97"]).crops.local_size == 97
+    assert load(RunConfig, None, [*RUN, "objective.koleo.weight=0", "train.batch_size=1"]).train.batch_size == 1
+    assert load(RunConfig, None, [*RUN, "objective.ibot.weight=0", "masks.probability=0"]).masks.probability == 0
+    later = load(RunConfig, None, [*RUN, "optim.warmup=10 epochs"])  # compared once the number of images is known
+    assert later.optim.warmup == "10 epochs"
 
 
 def numeric_leaves() -> list[tuple[str, str]]:

@@ -120,7 +120,8 @@ def test_aliases_may_be_used(tmp_path: Path) -> None:
     + ["sources: [2024-01-01]", "speed: ???", "*a : 1", "base: /etc/passwd", "sources: [{? [a]\n: 1}]"],
 )  # fmt: skip
 def test_strange_values_are_one_line(tmp_path: Path, text: str) -> None:
-    mistake(recipe(tmp_path, text))
+    said = mistake(recipe(tmp_path, text))
+    assert said and "\n" not in said
 
 
 def test_long_values_are_not_told_in_full() -> None:

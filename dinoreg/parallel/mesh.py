@@ -21,6 +21,10 @@ T = TypeVar("T")
 CONTROL_PATIENCE = timedelta(days=1)  # the main process may index shards for hours; who hangs, parallel/watch.py finds
 
 
+class PortTaken(RuntimeError):
+    """Another program listens where the ranks were to meet. A job that starts again meets elsewhere."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """One process among `world`. Every collective of the project goes through here and costs nothing alone."""
@@ -127,6 +131,7 @@ def setup_ranks(timeout_minutes: float = 30) -> Ranks:
 
     torchrun is asked first, because inside a Slurm allocation both sets of variables exist and the inner launcher is
     the one that started this process. A single process gets a group of its own too, since FSDP2 wants a mesh.
+    Raises PortTaken on the first process, ValueError where there are fewer GPUs than processes.
     """
     rank, world, local_rank, local_world = _from_environment()
     device = _device(local_rank)
@@ -136,7 +141,7 @@ def setup_ranks(timeout_minutes: float = 30) -> Ranks:
     # Which process is at fault is for parallel/watch.py to say; NCCL's own guard would end this one first, unnamed.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     timeout = timedelta(minutes=timeout_minutes)
-    store: dist.Store = dist.HashStore() if world == 1 else next(dist.rendezvous("env://", rank, world))[0]
+    store: dist.Store = dist.HashStore() if world == 1 else _meet(rank, world)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend, store=dist.PrefixStore("ranks", store), rank=rank, world_size=world, timeout=timeout,
@@ -144,6 +149,16 @@ def setup_ranks(timeout_minutes: float = 30) -> Ranks:
     )  # fmt: skip
     control = dist.new_group(backend="gloo", timeout=CONTROL_PATIENCE) if world > 1 else None
     return Ranks(rank, world, local_rank, local_world, device, control, store if world > 1 else None)
+
+
+def _meet(rank: int, world: int) -> dist.Store:
+    try:
+        return next(dist.rendezvous("env://", rank, world))[0]
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port, host = os.environ["MASTER_PORT"], socket.gethostname()
+        raise PortTaken(f"port {port} of {host}, where the processes were to meet, is taken; try again") from None
 
 
 def _raise_file_limit() -> None:
@@ -173,12 +188,13 @@ def _from_environment() -> tuple[int, int, int, int]:
         return int(env["RANK"]), world, int(env["LOCAL_RANK"]), int(env.get("LOCAL_WORLD_SIZE", world))
     if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
         world = int(env["SLURM_NTASKS"])
-        env.setdefault(
-            "MASTER_ADDR", _first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", "localhost")))
-        )
-        # The same for every process of a step, different for two steps that share a node.
-        job = int(env["SLURM_JOB_ID"]) * 31 + int(re.sub(r"\D", "", env["SLURM_STEP_ID"]) or 0)
-        env.setdefault("MASTER_PORT", str(20000 + job % 20000))
+        if "MASTER_ADDR" not in env:
+            env["MASTER_ADDR"] = _first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", "localhost")))
+        # The same for every process of a step, different for two steps that share a node and for the next start of a
+        # job that found its port taken; below what Linux gives to anybody who asks for none (32768 and above).
+        step, restart = int(re.sub(r"\D", "", env["SLURM_STEP_ID"]) or 0), int(env.get("SLURM_RESTART_COUNT", "0"))
+        key = int(env["SLURM_JOB_ID"]) * 31 + step + restart * 7919
+        env.setdefault("MASTER_PORT", str(20000 + key % 12000))
         per_node = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", str(world)))
         local_world = int(re.split(r"\D", per_node)[0])  # `8(x4)`: eight on each of four nodes
         return int(env["SLURM_PROCID"]), world, int(env["SLURM_LOCALID"]), local_world
