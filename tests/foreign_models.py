@@ -60,3 +60,28 @@ def timm_model(name: str, **options: Any) -> nn.Module:
     import timm
 
     return randomise(timm.create_model(name, pretrained=False, num_classes=0, **options))
+
+
+def transformers_model(kind: str, dim: int = 32, heads: int = 2, **more: Any) -> nn.Module:
+    """A model of transformers called `kind`, as in "ViT" or "DINOv3ViT", with its kind's config, small and random."""
+    transformers = pytest.importorskip("transformers")
+    allow_torchvision()
+    options: dict[str, Any] = {
+        "hidden_size": dim, "num_hidden_layers": 3, "num_attention_heads": heads, "intermediate_size": 4 * dim,
+        "image_size": 28, "patch_size": 7, **more,
+    }  # fmt: skip
+    family = next(name for name in ("DINOv3ViT", "CLIPVision", "CLIP", "ViT") if kind.startswith(name))
+    config = getattr(transformers, f"{family}Config")
+    if family == "CLIP":
+        text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+        ids = {"vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2}
+        return randomise(getattr(transformers, kind)(config(vision_config=options, text_config={**text, **ids})))
+    return randomise(getattr(transformers, kind)(config(**options)))
+
+
+def openclip_tower(**more: Any) -> nn.Module:
+    """OpenCLIP's own image tower, small and random."""
+    allow_torchvision()
+    transformer = pytest.importorskip("open_clip.transformer")
+    options = {"image_size": 28, "patch_size": 7, "width": 192, "layers": 3, "heads": 3, "mlp_ratio": 2.0, **more}
+    return randomise(transformer.VisionTransformer(output_dim=16, output_tokens=True, **options))

@@ -58,7 +58,8 @@ def test_equals_huggingface(tmp_path: Path, registers: int | None, swiglu: bool,
 
 def test_huggingface_masks_and_names_in_memory() -> None:
     """The mask token acts at the same place; module names since transformers 5 are understood too."""
-    from dinoreg.models.formats import convert, infer_config
+    from dinoreg.models.foreign.detect import convert
+    from dinoreg.models.formats import infer_config
 
     theirs = huggingface(4)
     weights = convert(theirs.state_dict(), {"num_attention_heads": 2})
@@ -153,7 +154,7 @@ def test_known_sizes_are_recognised() -> None:
         cfg = ModelConfig(arch=arch, ffn=ffn, image_size=518)  # type: ignore[arg-type]
         with torch.device("meta"):
             state = build_vit(cfg).state_dict()
-        assert infer_config(Weights(state, "", True, 0.0)) == cfg
+        assert infer_config(Weights(state, "")) == cfg
 
 
 def test_files_that_hold_no_backbone(tmp_path: Path) -> None:
@@ -176,6 +177,7 @@ def test_files_that_hold_no_backbone(tmp_path: Path) -> None:
     folder = tmp_path / "bert"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    save_file({"embeddings.word.weight": torch.zeros(2)}, folder / "model.safetensors")
     (tmp_path / "empty_folder").mkdir()
     for name, words in {
         "absent.pth": "no such file", "cut.safetensors": "truncated", "cut.pth": "truncated",

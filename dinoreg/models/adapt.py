@@ -23,6 +23,8 @@ def adapt(weights: Weights, model: VisionTransformer) -> tuple[dict[str, Tensor]
 
 
 def _adapt_positions(state: dict[str, Tensor], how: dict[str, str], weights: Weights, model: VisionTransformer) -> None:
+    if model.pos_embed is None or "pos_embed" not in state:
+        return  # rotary on one side: reported as unused or missing
     side, positions = grid_side(state["pos_embed"]), state["pos_embed"].float()
     if (side, side) == model.grid:
         return

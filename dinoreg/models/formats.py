@@ -1,20 +1,20 @@
-"""Names and layouts of public weight files, brought to this project's own (which are DINOv2's).
-
-Everything here works on state dicts in memory; reading files is `weights.py`'s part.
-"""
+"""The form that weights of every source are brought to, and the architecture that can be told from it."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isqrt
-from typing import Any
+from typing import Literal
 
-import torch
 from torch import Tensor
 
 from dinoreg.models.vit import ARCHS, ModelConfig
+
+# Attention heads at a width, which shapes do not show: those of this project's sizes, CLIP's, DeiT-III's and timm's.
+HEADS = {arch.embed_dim: arch.num_heads for arch in ARCHS.values()} | {
+    256: 4, 320: 5, 512: 8, 640: 10, 896: 14, 1408: 16, 1664: 16,
+}  # fmt: skip
 
 
 class WeightsError(ValueError):
@@ -25,43 +25,27 @@ class WeightsError(ValueError):
 class Weights:
     """A backbone's parameters under this project's names, and what is known beside their shapes.
 
-    kind: the format in words; heads: attention heads where the source says; antialias, offset: how the source's own
-    code resamples position embeddings; unused: keys of the file that are no part of a backbone; config: the
-    architecture, normalisation: mean and std of the training images a channel, and step: that of the training, where
+    kind: the format in words; antialias, offset: how the source's own code resamples position embeddings; heads,
+    image_size (pixels): where the source says; norm_eps, activation, rope_base: as in ModelConfig; unused: keys of the
+    file that are no part of a backbone; notes: what had to be assumed; config: the architecture, in this project's
+    own files; normalisation: mean and std of the training images a channel, and step: that of the training, where
     the source says so.
     """
 
     state: dict[str, Tensor]
     kind: str
-    antialias: bool
-    offset: float
+    antialias: bool = True
+    offset: float = 0.0
     heads: int | None = None
+    image_size: int | None = None
+    norm_eps: float = 1e-6
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    rope_base: float = 0.0
     unused: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     config: ModelConfig | None = None
     normalisation: tuple[list[float], list[float]] | None = None
     step: int | None = None
-
-
-def convert(checkpoint: Mapping[str, Any], config: Mapping[str, Any] | None = None) -> Weights:
-    """A checkpoint of any known kind. `config` is a Hugging Face folder's config.json. Raises WeightsError."""
-    raw = _state_dict(checkpoint)
-    state, unused = _backbone_part(raw)
-    heads = config.get("num_attention_heads") if config else None
-    if any(key.startswith("embeddings.") for key in state):
-        registers = "embeddings.register_tokens" in state
-        return _finish(_from_huggingface(state), "Hugging Face", registers, 0.0, unused, heads)
-    if "rope_embed.periods" in state or "storage_tokens" in state:
-        raise WeightsError("these are DINOv3 weights: their rotary positions have no place in this architecture")
-    if "patch_embed.proj.weight" not in state:
-        shown = ", ".join(list(raw)[:3])
-        raise WeightsError(
-            f"no vision transformer in it: no patch_embed.proj.weight among {len(raw)} keys ({shown}, …)"
-        )
-    if "reg_token" in state or _has_folded_cls(state) or "mask_token" not in state:
-        return _finish(_from_timm(state), "timm or DINO", True, 0.0, unused, heads)
-    # DINOv2's models without registers resample positions without antialiasing and with an offset (hub/backbones.py).
-    registers = "register_tokens" in state
-    return _finish(state, "DINOv2", registers, 0.0 if registers else 0.1, unused, heads)
 
 
 def infer_config(weights: Weights) -> ModelConfig:
@@ -74,30 +58,52 @@ def infer_config(weights: Weights) -> ModelConfig:
     swiglu = "blocks.0.mlp.w12.weight" in state
     hidden = state["blocks.0.mlp.w3.weight" if swiglu else "blocks.0.mlp.fc2.weight"].shape[1]
     known = {arch.embed_dim: name for name, arch in ARCHS.items()}
-    heads = weights.heads or (ARCHS[known[dim]].num_heads if dim in known else None)
+    heads = weights.heads or HEADS.get(dim)
     if heads is None:
         raise WeightsError(
-            f"unknown architecture: width {dim} is none of {sorted(known)}, and heads are not written in"
+            f"unknown architecture: width {dim} is none of {sorted(HEADS)}, and heads are not written in"
         )
     config = ModelConfig(
         arch=known.get(dim, "vit_small"),  # type: ignore[arg-type]
         embed_dim=None if dim in known else dim,
         patch_size=patch,
-        image_size=patch * grid_side(state["pos_embed"]),
+        image_size=_image_size(weights, patch),
         in_channels=channels,
         num_registers=registers_of(state),
         ffn="swiglu" if swiglu else "mlp",
+        activation=weights.activation,
+        pre_norm="norm_pre.weight" in state,
+        norm_eps=weights.norm_eps,
         layerscale=1e-5 if "blocks.0.ls1.gamma" in state else 0.0,
+        rope_base=weights.rope_base,
         pos_antialias=weights.antialias,
         pos_offset=weights.offset,
     )
     config.depth = None if config.size.depth == depth else depth
     config.num_heads = None if config.size.num_heads == heads else heads
-    if config.ffn_hidden != hidden:
-        raise WeightsError(
-            f"unknown architecture: feed-forward layers {hidden} wide at width {dim}, not {config.ffn_hidden}"
-        )
+    config.ffn_width = None if config.ffn_hidden == hidden else hidden
     return config
+
+
+def describe(weights: Weights, config: ModelConfig) -> str:
+    """Format, architecture, what the source does in its own way, what was assumed and left out, in one line."""
+    dim, depth, heads, _ = config.size
+    changed = (config.embed_dim, config.depth, config.num_heads) != (None, None, None)
+    parts = [
+        f"{weights.kind}: {f'{depth} blocks of width {dim}, {heads} heads' if changed else config.arch}",
+        f"patches of {config.patch_size} at {config.image_size} pixels",
+        f"{config.num_registers} registers",
+        f"{config.ffn}, {config.activation}" if config.ffn == "mlp" else config.ffn,
+        "norm before the blocks" if config.pre_norm else "",
+        f"rotary positions, base {config.rope_base:g}"
+        if config.rope_base
+        else f"positions resampled {'with' if config.pos_antialias else 'without'} antialiasing, "
+        f"offset {config.pos_offset:g}",
+        *weights.notes,
+    ]
+    if left := sorted({key.split(".")[0] for key in weights.unused}):
+        parts.append(f"left out: {', '.join(left[:4])}" + (f" and {len(left) - 4} more" if len(left) > 4 else ""))
+    return ", ".join(part for part in parts if part)
 
 
 def depth_of(state: Mapping[str, Tensor]) -> int:
@@ -122,98 +128,8 @@ def grid_side(pos_embed: Tensor) -> int:
     return side
 
 
-def _state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The dictionary of tensors in a checkpoint; of several networks the teacher, which is the one to use."""
-    for key in ("teacher", "model", "state_dict", "model_state_dict"):
-        if isinstance(inner := checkpoint.get(key), Mapping):
-            return _state_dict(inner)
-    tensors = {key: value for key, value in checkpoint.items() if isinstance(value, Tensor)}
-    state = {key: tensor for key, tensor in tensors.items() if tensor.layout is torch.strided}  # not sparse
-    if not state:
-        raise WeightsError("no tensors in it")
-    return state
-
-
-_WRAPPERS = re.compile(r"^(module\.|_orig_mod\.|_fsdp_wrapped_module\.|dinov2_with_registers\.|dinov2\.)+")
-_HEADS = re.compile(r"(dino_head|ibot_head|head|classifier|fc_norm|attn_pool)\.")
-
-
-def _backbone_part(raw: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors that are no heads, without prefixes of wrappers and of block chunks; and the keys left out."""
-    state = {_WRAPPERS.sub("", key): tensor for key, tensor in raw.items()}
-    if any(key.startswith("backbone.") for key in state):
-        unused = [key for key in state if not key.startswith("backbone.")]
-        state = {_WRAPPERS.sub("", k[len("backbone.") :]): t for k, t in state.items() if k.startswith("backbone.")}
-    else:
-        unused = []
-    heads = [key for key in state if _HEADS.match(key)]
-    kept = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", k): t for k, t in state.items() if k not in heads}
-    if not kept:
-        raise WeightsError("only heads in it, no backbone")
-    return kept, unused + heads
-
-
-def _finish(
-    state: dict[str, Tensor], kind: str, antialias: bool, offset: float, unused: list[str], heads: int | None
-) -> Weights:
-    for key in ("cls_token", "pos_embed", "patch_embed.proj.weight"):
-        if key not in state:
-            raise WeightsError(f"a {kind} model without {key} has no counterpart in this architecture")
-    return Weights(state, kind, antialias, offset, heads, unused)
-
-
-def _has_folded_cls(state: Mapping[str, Tensor]) -> bool:
-    """timm's `no_embed_class`: positions for patches only, CLS's already added to cls_token."""
-    count = state["pos_embed"].shape[1] if "pos_embed" in state else 2
-    return isqrt(count) ** 2 == count
-
-
-def _from_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    out = dict(state)
-    registers = out.pop("reg_token", None)
-    if "pos_embed" in out and "cls_token" in out:
-        positions = out["pos_embed"]
-        if _has_folded_cls(out):
-            out["pos_embed"] = torch.cat([torch.zeros_like(out["cls_token"]), positions], dim=1)
-        elif registers is not None:  # positions for registers too: they are constants, so they join the registers
-            first = 1 + registers.shape[1]
-            registers = registers + positions[:, 1:first]
-            out["pos_embed"] = torch.cat([positions[:, :1], positions[:, first:]], dim=1)
-    if registers is not None:
-        out["register_tokens"] = registers
-    wide, narrow = out.get("blocks.0.mlp.fc1.weight"), out.get("blocks.0.mlp.fc2.weight")
-    if wide is not None and narrow is not None and wide.shape[0] == 2 * narrow.shape[1]:  # SwiGLUPacked
-        out = {re.sub(r"mlp\.fc1\.", "mlp.w12.", re.sub(r"mlp\.fc2\.", "mlp.w3.", k)): t for k, t in out.items()}
-    return out
-
-
-_HUGGINGFACE = [  # the second spelling of a line is that of modules in memory since transformers 5
-    (r"embeddings\.(cls_token|mask_token|register_tokens)", r"\1"),
-    (r"embeddings\.position_embeddings", "pos_embed"),
-    (r"embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"encoder\.layer\.(\d+)\.", r"blocks.\1."),
-    (r"attention\.output\.dense\.|attention\.o_proj\.", "attn.proj."),
-    (r"attention\.attention\.(query|key|value)\.", r"attn.\1."),
-    (r"attention\.([qkv])_proj\.", r"attn.\1."),
-    (r"layer_scale([12])\.lambda1", r"ls\1.gamma"),
-    (r"mlp\.weights_in\.", "mlp.w12."),
-    (r"mlp\.weights_out\.|mlp\.down_proj\.", "mlp.w3."),
-    (r"^layernorm\.", "norm."),
-]
-
-
-def _from_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    out: dict[str, Tensor] = {}
-    for key, tensor in state.items():
-        for pattern, name in _HUGGINGFACE:
-            key = re.sub(pattern, name, key)
-        out[key] = tensor
-    for parts, whole in (
-        (("attn.query", "attn.key", "attn.value"), "attn.qkv"),
-        (("attn.q", "attn.k", "attn.v"), "attn.qkv"),
-        (("mlp.gate_proj", "mlp.up_proj"), "mlp.w12"),
-    ):
-        for key in [key for key in out if f".{parts[0]}." in key]:
-            pieces = [out.pop(key.replace(f".{parts[0]}.", f".{part}.")) for part in parts]
-            out[key.replace(f".{parts[0]}.", f".{whole}.")] = torch.cat(pieces)
-    return out
+def _image_size(weights: Weights, patch: int) -> int:
+    """Pixels of the images that the network was made for; with rotary positions no shape tells."""
+    if "pos_embed" in weights.state:
+        return patch * grid_side(weights.state["pos_embed"])
+    return (weights.image_size or 224) // patch * patch

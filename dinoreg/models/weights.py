@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import pickle
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dinoreg.models.adapt import adapt
-from dinoreg.models.formats import Weights, WeightsError, convert, depth_of, infer_config
+from dinoreg.models.files import download, first_line, open_path
+from dinoreg.models.foreign.detect import convert
+from dinoreg.models.formats import Weights, WeightsError, depth_of, describe, infer_config
 from dinoreg.models.vit import ModelConfig, VisionTransformer, build_vit
 
 METADATA_KEY = "dinoreg.model"
@@ -53,10 +50,11 @@ def load_backbone(
 ) -> VisionTransformer:
     """Open a backbone in fp32 and eval mode.
 
-    path_or_name: a file written by `save_backbone`; a DINOv2, DINO or timm state dict (.pth, .safetensors); a
-    checkpoint that holds a teacher; a run directory, whose newest teacher is taken; a Hugging Face folder of the
-    dinov2 or dinov2_with_registers kind; or `hf:ORG/NAME`. Positions are resampled as the source's own code does.
-    Raises WeightsError in one line.
+    path_or_name: a file written by `save_backbone`; a run directory, whose newest teacher is taken; a checkpoint or
+    state dict of DINO, iBOT, DeiT, DeiT-III, DINOv2, DINOv3, timm or OpenCLIP (.pth, .safetensors); a folder of one
+    of them or of Hugging Face's Dinov2, Dinov2WithRegisters, ViT, CLIP or DINOv3 ViT; or `hf:ORG/NAME`. The kind is
+    told by names and shapes; `found` of the network says it in a line. Positions are resampled as the source's own
+    code does. Raises WeightsError in one line.
 
     trust: open a pickled file that holds more than tensors and plain values, which lets it run any code of its maker's.
     """
@@ -126,26 +124,26 @@ def initialise(model: VisionTransformer, path: str | Path, trust: bool = False) 
         report.share = 1 - sum(own[name].numel() for name in report.missing) / total
         if report.share < 0.95:
             raise WeightsError(
-                f"only {report.share:.1%} of the model's parameters are in it; missing: "
-                f"{', '.join(compact(report.missing)[:5])}"
+                f"only {report.share:.1%} of the model's parameters are in it; missing: {_listed(report.missing)}"
             )
     return report
 
 
 def read_weights(path_or_name: str | Path, trust: bool = False) -> Weights:
     """Parameters under this project's names from any file or folder that `load_backbone` accepts."""
-    path = _download(str(path_or_name)[3:]) if str(path_or_name).startswith("hf:") else Path(path_or_name)
+    path = download(str(path_or_name)[3:]) if str(path_or_name).startswith("hf:") else Path(path_or_name)
     with _naming(path_or_name):
         if (path / "teacher").is_dir():
             path = newest_teacher(path)
-        if path.is_dir():
-            return _read_folder(path, trust)
-        if not path.is_file():
-            raise WeightsError("no such file or folder (models on the Hugging Face hub are written hf:ORG/NAME)")
-        checkpoint, metadata = _read_file(path, trust)
-        if METADATA_KEY in metadata:
-            return _own_weights(checkpoint, metadata)
-        return convert(checkpoint)
+        opened = open_path(path, trust)
+        if METADATA_KEY in (opened.metadata or {}):
+            weights = _own_weights(opened.content, opened.metadata or {})
+        else:
+            weights = convert(opened.content, opened.config, pickled=opened.metadata is None)
+        bad = [key for key, tensor in weights.state.items() if not tensor.isfinite().all()]
+        if bad:
+            raise WeightsError(f"not finite: {_listed(bad)}")
+    return weights
 
 
 def newest_teacher(run_dir: Path) -> Path:
@@ -154,22 +152,6 @@ def newest_teacher(run_dir: Path) -> Path:
     if not found:
         raise WeightsError("a run that has written no teacher yet (checkpoint.every says when it does)")
     return found[-1]
-
-
-def describe(weights: Weights, config: ModelConfig) -> str:
-    """Format, architecture and what the source leaves out or does in its own way, in one line."""
-    dim, depth, heads, _ = config.size
-    unsaid = (config.embed_dim, config.depth, config.num_heads) != (None, None, None)
-    size = f"{depth} blocks of width {dim}, {heads} heads" if unsaid else config.arch
-    resampling = "with" if config.pos_antialias else "without"
-    parts = [
-        f"{weights.kind}: {size}",
-        f"patches of {config.patch_size} at {config.image_size} pixels",
-        f"{config.num_registers} registers",
-        f"{config.ffn} feed-forward",
-        f"positions resampled {resampling} antialiasing, offset {config.pos_offset:g}",
-    ]
-    return ", ".join(parts)
 
 
 @contextmanager
@@ -185,7 +167,7 @@ def _naming(path: str | Path) -> Iterator[None]:
         raise WeightsError(str(error) if named else f"{path}: {error}") from error.__cause__
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
         kind = type(error).__name__
-        raise WeightsError(f"{path}: of no known architecture ({kind}: {_first_line(error)})") from error
+        raise WeightsError(f"{path}: of no known architecture ({kind}: {first_line(error)})") from error
 
 
 def _own_weights(state: dict[str, Tensor], metadata: Mapping[str, str]) -> Weights:
@@ -209,80 +191,12 @@ def _own_weights(state: dict[str, Tensor], metadata: Mapping[str, str]) -> Weigh
     )
 
 
-def _read_file(path: Path, trust: bool) -> tuple[dict[str, Any], dict[str, str]]:
-    """Contents and metadata of one file; the kind is told from its first bytes, since endings are used freely."""
-    with path.open("rb") as file:
-        start = file.read(9)
-    try:
-        if start[8:] == b"{":
-            with safe_open(path, framework="pt") as tensors:
-                return {key: tensors.get_tensor(key) for key in tensors.keys()}, tensors.metadata() or {}  # noqa: SIM118
-        # Old DINO checkpoints carry their command line; a Namespace of plain values is as harmless as a dict.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=not trust)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(_refusal(str(error))) from error
-    except (ImportError, AttributeError) as error:
-        raise WeightsError(f"needs code that is not installed here ({_first_line(error)})") from error
-    # torch's reader takes any bytes for instructions, so what fails in it may be anything.
-    except Exception as error:
-        raise WeightsError(f"truncated or damaged ({_first_line(error)})") from error
-    if not isinstance(checkpoint, Mapping):
-        raise WeightsError(f"holds a {type(checkpoint).__name__}, not a state dict")
-    return dict(checkpoint), {}
-
-
-def _refusal(message: str) -> str:
-    """Why torch would not open a file, without its advice."""
-    if "truncated" in message:
-        return "truncated"
-    wanted = re.search(r"GLOBAL (\S+)", message)
-    if wanted is None:
-        return "no checkpoint"
-    return (
-        f"would run code when opened: it asks for {wanted.group(1)}; if you trust whoever made it, pass trust=True to "
-        "load_backbone, or set model.init_from_trusted=true for a run"
-    )
-
-
-def _read_folder(folder: Path, trust: bool) -> Weights:
-    config_file, index = folder / "config.json", folder / "model.safetensors.index.json"
-    config = json.loads(config_file.read_text()) if config_file.is_file() else {}
-    kind = config.get("model_type", "dinov2")
-    if kind not in ("dinov2", "dinov2_with_registers"):
-        raise WeightsError(f"a Hugging Face model of the kind {kind}: only dinov2 and dinov2_with_registers fit")
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        candidates = ("model.safetensors", "pytorch_model.bin")
-        names = [name for name in candidates if (folder / name).is_file()][:1]
-    if not names:
-        raise WeightsError("a folder without model.safetensors or pytorch_model.bin")
-    checkpoint: dict[str, Any] = {}
-    for name in names:
-        if Path(name).name != name:
-            raise WeightsError(f"model.safetensors.index.json names {name}, which lies elsewhere")
-        checkpoint.update(_read_file(folder / name, trust)[0])
-    return convert(checkpoint, config)
-
-
-def _download(name: str) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise WeightsError(f"hf:{name}: huggingface_hub is not installed (pip install huggingface_hub)") from None
-    try:
-        return Path(snapshot_download(name, allow_patterns=["config.json", "*.safetensors*", "pytorch_model.bin"]))
-    except Exception as error:  # the hub's errors have no common class, and any of them is the user's to read
-        raise WeightsError(f"hf:{name}: {_first_line(error)}") from error
-
-
 def _demand_same_keys(model: VisionTransformer, state: Mapping[str, Tensor]) -> None:
     expected = model.state_dict()
     if missing := expected.keys() - state.keys():
-        raise WeightsError(f"incomplete: without {', '.join(compact(sorted(missing))[:5])}")
+        raise WeightsError(f"incomplete: without {_listed(sorted(missing))}")
     if strange := state.keys() - expected.keys():
-        raise WeightsError(f"an unknown architecture: what is {', '.join(compact(sorted(strange))[:5])}?")
+        raise WeightsError(f"an unknown architecture: what is {_listed(sorted(strange))}?")
     for key, tensor in expected.items():
         if tensor.shape != state[key].shape:
             raise WeightsError(f"{key} is {_shape(state[key])}, {_shape(tensor)} was expected")
@@ -300,12 +214,23 @@ def _demand_same_size(model: VisionTransformer, weights: Weights) -> None:
 
 
 def _differences(config: ModelConfig, weights: Weights) -> list[str]:
-    if (weights.antialias, weights.offset) == (config.pos_antialias, config.pos_offset):
-        return []
-    return [
-        f"the source resamples positions with antialias={weights.antialias}, offset={weights.offset}, this model with "
-        f"antialias={config.pos_antialias}, offset={config.pos_offset}: other than native sizes differ slightly"
-    ]
+    theirs, notes = infer_config(weights), []
+    for key in ("activation", "pre_norm", "norm_eps", "rope_base"):
+        if (there := getattr(theirs, key)) != (own := getattr(config, key)):
+            notes.append(f"the source has {key}={there}, this model {own}: it starts with other features")
+    if not config.rope_base and (theirs.pos_antialias, theirs.pos_offset) != (config.pos_antialias, config.pos_offset):
+        notes.append(
+            f"the source resamples positions with antialias={theirs.pos_antialias}, offset={theirs.pos_offset}, this "
+            f"model with antialias={config.pos_antialias}, offset={config.pos_offset}: other than native sizes differ "
+            "slightly"
+        )
+    return notes
+
+
+def _listed(keys: list[str]) -> str:
+    """The keys in one line, blocks taken together, and how many are not shown."""
+    short = compact(keys)
+    return ", ".join(short[:5]) + (f" and {len(short) - 5} more" if len(short) > 5 else "")
 
 
 def compact(keys: list[str]) -> list[str]:
@@ -338,7 +263,3 @@ def _ranges(numbers: list[int]) -> str:
 
 def _shape(tensor: Tensor) -> str:
     return " x ".join(map(str, tensor.shape))
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
