@@ -14,6 +14,7 @@ import pickle
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum, EnumMeta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -170,10 +171,19 @@ class _MetadataUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
+        if (module, name) == ("builtins", "getattr"):  # by which Python 3.11.0 to 3.11.3 writes members of an Enum
+            return _member
         raise ValueError(f"{METADATA} is refused: it names {module}.{name}, which no checkpoint of ours needs")
 
     def persistent_load(self, pid: Any) -> NoReturn:
         raise ValueError(f"{METADATA} is refused: it refers to something outside of itself")
+
+
+def _member(kind: Any, name: str) -> Enum:
+    """getattr, of nothing but an Enum."""
+    if not (isinstance(kind, EnumMeta) and name in kind.__members__):
+        raise ValueError(f"{METADATA} is refused: it wants an attribute '{name}', which no checkpoint of ours needs")
+    return kind[name]
 
 
 def read_metadata(folder: Path) -> Metadata:
