@@ -16,6 +16,7 @@ usage: dinoreg-launch COMMAND ...
 Give runs of dinoreg to Slurm, or to this machine, and look after them.
 
   train     submit a run; it goes on by itself after preemption, time limits and lost nodes
+  sweep     submit a grid of runs as one array; with --table: what came of it, and a plot
   status    how runs are: step, images/s, ETA, checkpoint, score, requeues, and why one failed
   logs      what a run prints
   cancel    end a run's job
@@ -63,18 +64,70 @@ def train(words: Sequence[str]) -> int:
     return 0
 
 
+def sweep(words: Sequence[str]) -> int:
+    """`dinoreg-launch sweep`."""
+    parser = _parser(
+        "sweep",
+        "Submit a grid of runs as one array: an option with several values, separated by commas, is an axis of it. "
+        "Each run has a directory of its own in run_dir. The same command again submits what is neither finished nor "
+        "in the queue; with more values, the new ones.",
+        """\
+        examples:
+          dinoreg-launch sweep vitl14_registers model.num_registers=0,1,2,4,8,16 run_dir=runs/registers launch.array=4
+          dinoreg-launch sweep RECIPE optim.lr=1e-3,2e-3 seed=0,1,2 run_dir=runs/lr --dry-run    its runs, and no job
+          dinoreg-launch sweep RECIPE 'optim.betas=[0.9,0.95],[0.9,0.999]'   a list is an axis when there are several
+          dinoreg-launch sweep --table runs/registers                        at any time: table.csv, table.md, plot.png
+
+        launch.array=N keeps it to N jobs at once; with --cluster local it is one unless that is said.""",
+    )
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help="a recipe's name, or a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options, with several values for an axis")
+    _add_cluster(parser, ("slurm", "local"))
+    parser.add_argument("--dry-run", action="store_true", help="print the runs and the sbatch script, and exit")
+    parser.add_argument("--most", type=int, default=100, help="more runs are a mistake (default: %(default)s)")
+    parser.add_argument("--table", type=Path, metavar="FOLDER", help="show what came of a sweep, and draw it")
+    asked = parser.parse_intermixed_args(words)
+    if asked.table is not None:
+        from launch.table import write_table
+
+        print(write_table(asked.table))
+        return 0
+
+    from dinoreg.config import ConfigError
+    from launch.submit import script
+    from launch.sweep import plan, submit
+
+    if asked.config is None:
+        raise ConfigError("give a CONFIG, or --table FOLDER")
+    grid = plan(asked.config, asked.overrides, asked.most)
+    print(f"axes: {'; '.join(map(str, grid.axes))}")
+    if asked.dry_run:
+        print(f"{len(grid.runs)} runs in {_shown(grid.folder)}:")
+        print("\n".join(f"    {name}" for name in grid.runs))
+        print(script(grid.first.launch, grid.folder, len(grid.runs)))
+        return 0
+    submitted, left = submit(grid, asked.cluster)
+    print(f"{len(submitted)} of {len(grid.runs)} runs submitted in {_shown(grid.folder)}")
+    for name in grid.runs:
+        print(f"    {name}: {f'job {submitted[name]}' if name in submitted else f'left as it is, {left[name]}'}")
+    _say_where(grid.folder)
+    print(f"what comes of it: dinoreg-launch sweep --table {_shown(grid.folder)}")
+    return 0
+
+
 def resume(words: Sequence[str]) -> int:
     """`dinoreg-launch resume`."""
     parser = _parser(
         "resume",
-        "Submit a run again: the same recipe, the same program, from its last checkpoint.",
+        "Submit a run again: the same recipe, the same program, from its last checkpoint. Of a sweep: all of its runs "
+        "that are neither finished nor in the queue.",
         """\
         examples:
           dinoreg-launch resume runs/mine
           dinoreg-launch resume runs/mine launch.time=24h launch.nodes=4
           dinoreg-launch resume runs/mine --new-code              with the program as it is now""",
     )
-    parser.add_argument("run_dir", metavar="RUN", type=Path, help="a run directory")
+    parser.add_argument("run_dir", metavar="RUN", type=Path, help="a run directory, or a sweep's")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that are to be others now")
     _add_cluster(parser)
     parser.add_argument("--new-code", action="store_true", help="take a new snapshot of the program")
@@ -82,7 +135,10 @@ def resume(words: Sequence[str]) -> int:
 
     from launch.resume import resume as again
 
-    _say_submitted(again(asked.run_dir, asked.overrides, asked.cluster, asked.new_code), asked.run_dir)
+    submitted = again(asked.run_dir, asked.overrides, asked.cluster, asked.new_code)
+    for run, job in submitted.items():
+        print(f"job {job}: {_shown(run)}")
+    _say_where(asked.run_dir)
     return 0
 
 
@@ -111,20 +167,26 @@ def logs(words: Sequence[str]) -> int:
     """`dinoreg-launch logs`."""
     parser = _parser(
         "logs",
-        "What the latest job of a run printed, over all its starts.",
+        "What the latest job of a run printed, over all its starts. Of a sweep: all of its runs, each line with its "
+        "run.",
         """\
         examples:
           dinoreg-launch logs runs/mine -f
           dinoreg-launch logs runs/mine --rank 3""",
     )
-    parser.add_argument("run_dir", metavar="RUN", type=Path, help="a run directory")
+    parser.add_argument("run_dir", metavar="RUN", type=Path, help="a run directory, or a sweep's")
     parser.add_argument("-f", "--follow", action="store_true", help="go on until the job ends")
     parser.add_argument("--rank", type=int, default=0, help="of which task (default: %(default)s)")
     asked = parser.parse_args(words)
 
-    from launch.logs import read_log
+    from launch.logs import read_log, read_logs
+    from launch.sweep import is_sweep, runs_of
 
-    for text in read_log(asked.run_dir, asked.rank, asked.follow):
+    if is_sweep(asked.run_dir):
+        pieces = read_logs(runs_of(asked.run_dir), asked.rank, asked.follow)
+    else:
+        pieces = read_log(asked.run_dir, asked.rank, asked.follow)
+    for text in pieces:
         print(text, end="", flush=True)
     return 0
 
@@ -138,17 +200,26 @@ def cancel(words: Sequence[str]) -> int:
         example:
           dinoreg-launch cancel runs/mine""",
     )
-    parser.add_argument("run_dirs", metavar="RUN", nargs="+", type=Path, help="run directories")
+    parser.add_argument(
+        "run_dirs", metavar="RUN", nargs="+", type=Path, help="run directories, or sweeps': all in them"
+    )
 
+    from launch.jobs import active_jobs
     from launch.jobs import cancel as end
+    from launch.sweep import is_sweep, runs_of
 
-    for run_dir in parser.parse_args(words).run_dirs:
-        print(f"job {end(run_dir).id}: cancelled; go on with: dinoreg-launch resume {run_dir}")
+    for folder in parser.parse_args(words).run_dirs:
+        runs = list(active_jobs(runs_of(folder))) if is_sweep(folder) else [folder]
+        for run_dir in runs:
+            print(f"job {end(run_dir).id}: cancelled; go on with: dinoreg-launch resume {run_dir}")
+        if not runs:
+            print(f"{folder}: none of its runs waits or runs")
     return 0
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
+    "sweep": sweep,
     "status": status,
     "logs": logs,
     "cancel": cancel,
@@ -157,13 +228,21 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 
 def _say_submitted(job: str, run_dir: Path | str) -> None:
+    print(f"job {job}: {_shown(run_dir)}")
+    _say_where(run_dir)
+
+
+def _say_where(folder: Path | str) -> None:
+    print(f"see it: dinoreg-launch status {_shown(folder)}, dinoreg-launch logs -f {_shown(folder)}")
+
+
+def _shown(path: Path | str) -> Path:
+    """As somebody in this folder writes it."""
     here = Path.cwd()
-    run_dir = Path(run_dir).relative_to(here) if Path(run_dir).is_relative_to(here) else run_dir
-    print(f"job {job}: {run_dir}\nsee it: dinoreg-launch status {run_dir}, dinoreg-launch logs -f {run_dir}")
+    return Path(path).relative_to(here) if Path(path).is_relative_to(here) else Path(path)
 
 
-def _add_cluster(parser: ArgumentParser) -> None:
-    choices = ("slurm", "local", "debug")
+def _add_cluster(parser: ArgumentParser, choices: Sequence[str] = ("slurm", "local", "debug")) -> None:
     parser.add_argument("--cluster", choices=choices, default="slurm", help="where to run (default: %(default)s)")
 
 

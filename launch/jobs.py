@@ -18,11 +18,14 @@ HERE = ("local", "debug")
 
 def active_job(run_dir: Path) -> Job | None:
     """The run's job, if it waits or runs."""
-    jobs = read_jobs(run_dir)
-    if not jobs:
-        return None
-    state = states({run_dir: jobs[-1]})[run_dir]
-    return jobs[-1] if state is not None and state.active else None
+    return active_jobs([run_dir]).get(run_dir)
+
+
+def active_jobs(run_dirs: Iterable[Path]) -> dict[Path, Job]:
+    """The latest jobs that wait or run, by run."""
+    jobs = latest(run_dirs)
+    told = states(jobs)
+    return {run: job for run, job in jobs.items() if (state := told[run]) is not None and state.active}
 
 
 def states(jobs: dict[Path, Job]) -> dict[Path, JobState | None]:

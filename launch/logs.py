@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dinoreg.config import ConfigError
-from launch.jobs import active_job
+from launch.jobs import active_jobs
 from launch.record import Job, read_jobs
 
 TAIL = 1 << 16  # bytes at the end of a log in which its reason is looked for
@@ -62,17 +62,34 @@ def read_log(run_dir: Path, rank: int, follow: bool) -> Iterator[str]:
     path = log_of(run_dir, jobs[-1], rank)
     if not follow and not path.exists():
         raise ConfigError(f"{path} is not there: job {jobs[-1].id} has not begun, or has no task {rank}")
-    position, ended, asked = 0, not follow, time.monotonic()
+    for pieces in _read([path], [run_dir], follow):
+        yield from pieces
+
+
+def read_logs(run_dirs: Sequence[Path], rank: int, follow: bool) -> Iterator[str]:
+    """The same of several runs, in whole lines that begin with the name of their run."""
+    paths = [log_of(run_dir, read_jobs(run_dir)[-1], rank) for run_dir in run_dirs]
+    rests = [""] * len(paths)
+    for pieces in _read(paths, run_dirs, follow):
+        for number, piece in enumerate(pieces):
+            *lines, rests[number] = (rests[number] + piece).split("\n")
+            yield "".join(f"{run_dirs[number].name} | {line}\n" for line in lines)
+
+
+def _read(paths: Sequence[Path], run_dirs: Sequence[Path], follow: bool) -> Iterator[list[str]]:
+    """What is new in each file, until nothing is, or with `follow` until no run has a job any more."""
+    positions, ended, asked = [0] * len(paths), not follow, time.monotonic()
     while True:
-        text, position = _from(path, position)
-        if text:
-            yield text
+        found = [_from(path, position) for path, position in zip(paths, positions, strict=True)]
+        positions = [position for _, position in found]
+        if any(text for text, _ in found):
+            yield [text for text, _ in found]
         elif ended:
             return
         else:
             time.sleep(PAUSE)
             if time.monotonic() > asked + ASK_EVERY:
-                ended, asked = active_job(run_dir) is None, time.monotonic()
+                ended, asked = not active_jobs(run_dirs), time.monotonic()
 
 
 def _from(path: Path, position: int) -> tuple[str, int]:

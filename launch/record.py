@@ -60,8 +60,7 @@ def read_jobs(run_dir: Path) -> list[Job]:
 @contextmanager
 def editing(run_dir: Path, job_id: str) -> Iterator[Job]:
     """One job of the record, new if need be, to be changed. The launcher and a job's first task may both be at it."""
-    with (run_dir / f"{NAME}.lock").open("a") as lock:
-        _take(lock.fileno())
+    with locked(run_dir / f"{NAME}.lock"):
         jobs = read_jobs(run_dir)
         job = next((each for each in jobs if each.id == job_id), None)
         if job is None:
@@ -70,6 +69,14 @@ def editing(run_dir: Path, job_id: str) -> Iterator[Job]:
         fresh = run_dir / f"{NAME}.new"
         fresh.write_text(json.dumps({"jobs": [asdict(each) for each in jobs]}, indent=1) + "\n", encoding="utf-8")
         fresh.replace(run_dir / NAME)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time, on whatever machine; the others wait."""
+    with path.open("a") as lock:
+        _take(lock.fileno())
+        yield
 
 
 def _take(file: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,13 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
     found = [run.parent for folder in folders for pattern in ("", "*/", "*/*/") for run in folder.glob(pattern + NAME)]
     if not found:
         raise ConfigError(f"no run was launched in {', '.join(map(str, folders))}: there is no {NAME}")
-    return sorted(dict.fromkeys(found))
+    return sorted(dict.fromkeys(found), key=natural)
+
+
+def natural(path: Path) -> list[tuple[int, float, str]]:
+    """To sort by: numbers by their size, 4 before 16."""
+    parts = re.split(r"(\d+(?:\.\d+)?(?:e[-+]?\d+)?)", str(path))
+    return [(1, float(part), "") if number % 2 else (0, 0.0, part) for number, part in enumerate(parts)]
 
 
 def rows(runs: Iterable[Path]) -> list[Row]:

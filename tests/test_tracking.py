@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+from offline_wandb import sent_to_wandb
 
 from dinoreg.train import tracking
-from dinoreg.train.tracking import Tracker, TrackingConfig, known_run_id, read_metrics
+from dinoreg.train.tracking import EVALUATIONS, Tracker, TrackingConfig, known_run_id, read_metrics, send_evaluations
 
 
 @pytest.fixture(autouse=True)
@@ -178,3 +179,35 @@ def test_a_checkpoint_knows_the_run_at_wandb(tmp_path: Path) -> None:
     assert identity is not None
     Tracker(TrackingConfig(wandb="offline"), tmp_path / "b", {}, wandb_id=identity).close()
     assert known_run_id(tmp_path / "b") == identity
+
+
+def test_evaluations_reach_wandb_once_whoever_sends_them(tmp_path: Path) -> None:
+    """The training while it runs, of earlier steps too; somebody else afterwards."""
+    pytest.importorskip("wandb")
+    cfg, run_dir = TrackingConfig(wandb="offline"), tmp_path / "run"
+    tracker = Tracker(cfg, run_dir, {})
+    tracker.log(10, {"loss/total": 1.0})
+    with (run_dir / EVALUATIONS).open("a") as file:
+        file.write('{"step": 4, "eval/knn/top1": 40.5}\n{"step": 8, "eval/kn')
+        file.flush()
+        tracker.log(20, {"loss/total": 0.5})
+        file.write('n/top1": 50.0}\n')
+    tracker.log(30, {"loss/total": 0.4})
+    tracker.close()
+    send_evaluations(cfg, run_dir, {})  # nothing is new
+    with (run_dir / EVALUATIONS).open("a") as file:
+        file.write('{"step": 12, "eval/knn/top1": 60.0}\n')
+    send_evaluations(cfg, run_dir, {})
+    first, second = sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"))
+    assert sent_to_wandb(first, "loss/total") == {10: 1.0, 20: 0.5, 30: 0.4}
+    assert sent_to_wandb(first, "eval/knn/top1") == {4: 40.5, 8: 50.0}
+    assert sent_to_wandb(second, "eval/knn/top1") == {12: 60.0}
+
+
+def test_evaluations_of_a_run_without_wandb_wait_for_one_with_it(tmp_path: Path) -> None:
+    (tmp_path / EVALUATIONS).write_text('{"step": 4, "eval/knn/top1": 40.5}\n')
+    tracker = Tracker(TrackingConfig(), tmp_path, {})
+    tracker.log(10, {"loss/total": 1.0})
+    tracker.close()
+    send_evaluations(TrackingConfig(), tmp_path, {})
+    assert not list(tmp_path.glob("wandb")) and not list(tmp_path.glob("evaluations.sent"))

@@ -21,6 +21,8 @@ from urllib.parse import urlparse
 from dinoreg.config import ConfigError
 
 RUN_ID_FILE = "wandb_id.txt"
+EVALUATIONS = "evaluations.jsonl"  # in the run directory: what others measure on its teachers, by step
+SENT_FILE = "evaluations.sent"  # how many bytes of it wandb has
 NETWORK_PATIENCE = 5.0  # seconds to wait for any answer of the server before going offline
 
 
@@ -75,6 +77,7 @@ class Tracker:
         line = {"step": step, **{name: _plain(value) for name, value in metrics.items() if name != "step"}}
         self._write(json.dumps(line, allow_nan=False) + "\n")
         self._send({**metrics, "step": step})
+        self._send_evaluations()
 
     def log_picture(self, step: int, name: str, picture: str | Path) -> None:
         """Send a PNG that lies in the run directory to wandb, under `pictures/name`."""
@@ -91,6 +94,7 @@ class Tracker:
     def close(self, failed: bool = False) -> None:
         """Close the file, and wandb with the exit code it shows as finished or crashed. May be called twice."""
         self._file.close()
+        self._send_evaluations()
         self._with_wandb(lambda run: run.finish(exit_code=int(failed)))
         self._wandb = None
 
@@ -109,6 +113,10 @@ class Tracker:
     def _send(self, content: dict[str, Any]) -> None:
         self._with_wandb(lambda run: run.log(content))
 
+    def _send_evaluations(self) -> None:
+        """Of earlier steps: while the run goes on, nobody else writes to its curve."""
+        self._with_wandb(lambda run: _pass_on(run, self.run_dir))
+
     def _with_wandb(self, act: Callable[[Any], object]) -> None:
         if self._wandb is None:
             return
@@ -124,6 +132,42 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     parsed = [_parse(line) for line in lines]
     return [{name: float(value) for name, value in line.items()} for line in parsed if line is not None]
+
+
+def send_evaluations(
+    cfg: TrackingConfig, run_dir: Path, resolved_config: dict[str, Any], say: Callable[[str], None] = print
+) -> None:
+    """Send what is new in evaluations.jsonl to the run at wandb. For whoever holds the run's lock, no training then."""
+    if cfg.wandb == "disabled" or not _new_evaluations(run_dir)[0]:
+        return
+    run = _start_wandb(cfg, run_dir, resolved_config, say)
+    if run is not None:
+        _pass_on(run, run_dir)
+        run.finish()
+
+
+def _pass_on(run: Any, run_dir: Path) -> None:
+    lines, end = _new_evaluations(run_dir)
+    for line in lines:
+        run.log(line)
+    if lines:
+        fresh = run_dir / f"{SENT_FILE}.new"
+        fresh.write_text(f"{end}\n")
+        fresh.replace(run_dir / SENT_FILE)
+
+
+def _new_evaluations(run_dir: Path) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines that wandb does not have, and the place in the file where they end."""
+    path, sent = run_dir / EVALUATIONS, run_dir / SENT_FILE
+    if not path.exists():
+        return [], 0
+    begin = int(sent.read_text()) if sent.exists() else 0
+    with path.open("rb") as file:
+        file.seek(begin)
+        text = file.read()
+    text = text[: text.rfind(b"\n") + 1]
+    parsed = [_parse(line) for line in text.decode(errors="replace").splitlines()]
+    return [line for line in parsed if line is not None], begin + len(text)
 
 
 def _plain(value: float) -> float | str:
