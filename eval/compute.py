@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dinoreg.config import ConfigError
-from dinoreg.data.workers import start_worker, worker_context
+from dinoreg.data.workers import fit_shared_memory, start_worker, worker_context
 from eval.backbone import Backbone
 from eval.suite import Context
 
@@ -19,6 +19,7 @@ R = TypeVar("R")
 S = TypeVar("S")
 
 WORTH_WORKERS = 2000  # images from which starting processes to decode them pays
+PREFETCH = 2  # batches each worker prepares ahead
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -50,13 +51,16 @@ def normalise(pixels: Tensor, backbone: Backbone) -> Tensor:
     return (pixels.float() / 255 - mean) / std
 
 
-def load(dataset: Dataset[S], batches: Sequence[Sequence[int]], context: Context) -> Iterable[Any]:
+def load(dataset: Dataset[S], batches: Sequence[Sequence[int]], context: Context, image_bytes: int) -> Iterable[Any]:
     """The batches of places in a dataset, collated; by worker processes where there is enough to do."""
     workers = context.workers if sum(map(len, batches)) >= WORTH_WORKERS else 0
+    size = max(map(len, batches), default=0) * image_bytes
+    workers = fit_shared_memory(workers, False, size, PREFETCH, context.ranks.local_world)
     return DataLoader(
         dataset,
         batch_sampler=batches,  # type: ignore[arg-type]  # any sequence of sequences will do
         num_workers=workers,
+        prefetch_factor=PREFETCH if workers else None,
         multiprocessing_context=worker_context() if workers else None,
         worker_init_fn=start_worker,
         generator=torch.Generator(),  # or it would take a number from the global one

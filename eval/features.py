@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dinoreg.config import ConfigError
 from eval.backbone import Backbone
-from eval.compute import Fitting, Precision, autocast, load, normalise, resolve_precision
+from eval.compute import Precision, load
+from eval.forward import Forward
 from eval.images import Part, View, Viewed
 from eval.results import write_json
 from eval.suite import Context
@@ -24,12 +25,6 @@ from eval.suite import Context
 VERSION = 1  # of what is stored; another one never reads this one's files
 CHUNK = 512  # images that are stored together, and lost together by a kill; whole pages of any network's features
 TODO, GOOD, BAD = 0, 1, 2  # states of an image
-PATCH_MEAN = "patch-mean"
-
-
-def cls_of(block: int) -> str:
-    """The feature that is the class token after the block-th block from the end (1 is the last), final-normed."""
-    return f"cls-{block}"
 
 
 @dataclass
@@ -54,7 +49,7 @@ def extract(
     context: Context,
     *,
     batch: int = 256,
-    precision: Precision = "auto",
+    precision: Precision,
     max_bad_share: float = 0.01,
     what: str = "features",
 ) -> Features:
@@ -63,21 +58,19 @@ def extract(
     All ranks call it together and must share the folder context.cache. What is there already is not computed again.
     Raises ConfigError where more images than a share of max_bad_share cannot be read, or features are not finite.
     """
-    precision = resolve_precision(precision, context.device)
     store = context.ranks.from_main(lambda: Store.make(context.cache, backbone, part, view, precision, names))
     store.check_here()
     pending = context.ranks.broadcast_object(store.pending())
     if pending:
-        worker = _Extractor(backbone, store, part, view, context, batch, precision)
-        worker.run(pending, what)
+        forward = Forward(backbone, names, context, min(batch, CHUNK), precision)
+        _Extractor(forward, store, part, view, context, batch).run(pending, what)
         context.ranks.barrier()
     features = store.read(sum(len(store.rows(chunk)) for chunk in pending))
-    bad_images(features, part, max_bad_share)  # raises
+    _demand_readable(features, part, max_bad_share)
     return features
 
 
-def bad_images(features: Features, part: Part, max_share: float) -> dict[str, str]:
-    """Name -> reason of the images that cannot be read. Raises ConfigError where they are too many."""
+def _demand_readable(features: Features, part: Part, max_share: float) -> None:
     rows = part.rows[np.flatnonzero(~features.good)]
     if len(rows) > max_share * len(part) or len(rows) == len(part):
         first = int(rows[0])
@@ -86,7 +79,6 @@ def bad_images(features: Features, part: Part, max_share: float) -> dict[str, st
             f"{part.images.name(first)} ({part.images.reason(first)})",
             "--data",
         )
-    return {part.images.name(int(row)): part.images.reason(int(row)) for row in rows}
 
 
 @dataclass(frozen=True)
@@ -178,59 +170,33 @@ def _write_at(path: Path, data: bytes, offset: int) -> None:
 class _Extractor:
     """Puts images through the network."""
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        store: Store,
-        part: Part,
-        view: View,
-        context: Context,
-        batch: int,
-        precision: Precision,
-    ) -> None:
-        self.backbone, self.store, self.part, self.view, self.context = backbone, store, part, view, context
-        self.batch, self.precision = min(batch, CHUNK), precision
-        self.fitting = Fitting(self.batch, context.say)
-        blocks = [int(name.partition("-")[2]) for name in store.names if name != PATCH_MEAN]
-        self.blocks = sorted({1, *blocks}) if PATCH_MEAN in store.names else sorted(blocks)
-        if self.blocks[-1] > backbone.depth:
-            raise ConfigError(f"{self.blocks[-1]} last blocks are asked of a network of {backbone.depth}", "layers")
+    def __init__(self, forward: Forward, store: Store, part: Part, view: View, context: Context, batch: int) -> None:
+        self.forward, self.store, self.part, self.view, self.context = forward, store, part, view, context
+        self.batch = min(batch, CHUNK)
 
     def run(self, pending: Sequence[int], what: str) -> None:
         """This rank's share of the chunks."""
         ranks, store = self.context.ranks, self.store
-        mine = list(pending[ranks.rank :: ranks.world])
+        mine = pending[ranks.rank :: ranks.world]
         todo = sum(len(store.rows(chunk)) for chunk in pending)
         batches = [
-            list(store.rows(chunk))[start : start + self.batch]
+            store.rows(chunk)[start : start + self.batch]
             for chunk in mine
             for start in range(0, len(store.rows(chunk)), self.batch)
         ]
-        loaded = iter(load(Viewed(self.part, self.view), batches, self.context))
+        loaded = iter(load(Viewed(self.part, self.view), batches, self.context, 3 * self.view.size**2))
         with self.context.progress(what, store.count, store.count - todo) as advance:
             for chunk in mine:
                 parts: list[dict[str, Tensor]] = []
                 goods: list[Tensor] = []
                 for _ in range(0, len(store.rows(chunk)), self.batch):
                     pixels, good = next(loaded)
-                    parts += self.fitting(self._forward, pixels)
+                    parts.append({name: value.half().cpu() for name, value in self.forward(pixels).items()})
                     goods.append(good)
                     advance(len(good) * ranks.world)  # the others are about as far
                 features = {name: torch.cat([part[name] for part in parts]) for name in store.names}
                 self._demand_finite(chunk, features)
                 store.write(chunk, features, torch.cat(goods))
-
-    @torch.no_grad()
-    def _forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        """fp16 features by name of uint8 images."""
-        device = self.context.device
-        images = normalise(pixels.to(device, non_blocking=True), self.backbone)
-        with autocast(device, self.precision):
-            layers = self.backbone.layers(images, [-block for block in self.blocks])
-        found = {cls_of(block): tokens.cls for block, tokens in zip(self.blocks, layers, strict=True)}
-        if PATCH_MEAN in self.store.names:
-            found[PATCH_MEAN] = layers[0].patches.float().mean(1)
-        return {name: found[name].half().cpu() for name in self.store.names}
 
     def _demand_finite(self, chunk: int, features: dict[str, Tensor]) -> None:
         for values in features.values():

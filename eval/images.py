@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,7 @@ class Images(LabelledImages):
             return error.reason
         return "unreadable a moment ago"
 
+    @cached_property
     def digest(self) -> str:
         """Differs where there are other images, by names and sizes, or other labels; moving them changes nothing."""
         found = hashlib.sha256(self._source.identity().encode())
@@ -99,9 +101,13 @@ class Part:
         """int64 (n,)."""
         return self.images.labels[torch.from_numpy(self.rows)]
 
+    def subset(self, places: NDArray[np.int64]) -> Part:
+        """Those of the images that count."""
+        return Part(self.images, self.rows[places])
+
     def digest(self) -> str:
         """Of the images that count."""
-        return hashlib.sha256(self.images.digest().encode() + self.rows.tobytes()).hexdigest()
+        return hashlib.sha256(self.images.digest.encode() + self.rows.tobytes()).hexdigest()
 
 
 class Viewed(Dataset[tuple[Tensor, bool]]):
@@ -188,3 +194,15 @@ def draw_evenly(labels: Tensor, most: int, seed: int = 0) -> NDArray[np.int64]:
         seen[label] += 1
     chosen = sorted(order, key=lambda place: turn[place])[:most]
     return np.sort(np.array(chosen, dtype=np.int64))
+
+
+def hold_out(count: int, share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Increasing places of the images that are held out, and of those that are kept, always the same.
+
+    Raises ConfigError where there are too few.
+    """
+    order = np.random.default_rng(seed).permutation(count)
+    held = max(1, round(count * share))
+    if held >= count:
+        raise ConfigError(f"{count} training images are too few to hold some out", "heldout")
+    return np.sort(order[:held]), np.sort(order[held:])

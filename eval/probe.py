@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dinoreg.config import ConfigError
 from eval.backbone import Backbone
 from eval.compute import Precision, resolve_precision
-from eval.features import Features, bad_images, extract
+from eval.features import Features, extract
 from eval.images import Part, View, open_parts
-from eval.metrics import accuracy_by_class, accuracy_score
 from eval.results import Result, Score
 from eval.suite import Context
 
@@ -55,6 +57,9 @@ class Probe:
         self.num_classes = int(self.train.images.labels.max()) + 1
         self.size = choose_size(backbone, cfg.image_size)
         self.view = View(self.size, round(self.size * cfg.zoom))
+        self.precision = context.ranks.broadcast_object(resolve_precision(cfg.precision, context.device))
+        # By the main process alone, for it asks for the size of every file.
+        self.hash = context.ranks.from_main(lambda: f"{self.train.digest()[:16]}-{self.test.digest()[:16]}")
         self.bad: dict[str, str] = {}
 
     def features(self, part: Part, names: Sequence[str]) -> Features:
@@ -62,21 +67,31 @@ class Probe:
         cfg = self.cfg
         found = extract(
             self.backbone, part, self.view, names, self.context,
-            batch=cfg.batch, precision=cfg.precision, max_bad_share=cfg.max_bad_share,
+            batch=cfg.batch, precision=self.precision, max_bad_share=cfg.max_bad_share,
             what=f"features of {part.images.path}",
         )  # fmt: skip
-        bad = bad_images(found, part, cfg.max_bad_share)
-        if bad and not bad.keys() <= self.bad.keys():
-            some = ", ".join(f"{name} ({reason})" for name, reason in list(bad.items())[:3])
-            self.context.say(f"careful: {len(bad)} images cannot be read and are left out: {some}")
-        self.bad.update(bad)
+        self.leave_out(part, np.flatnonzero(~found.good).tolist())
         return found
+
+    def leave_out(self, part: Part, places: Sequence[int]) -> None:
+        """Says which images of a part cannot be read, once."""
+        rows = [int(part.rows[place]) for place in places]
+        bad = {part.images.name(row): part.images.reason(row) for row in rows}
+        if new := {name: reason for name, reason in bad.items() if name not in self.bad}:
+            some = ", ".join(f"{name} ({reason})" for name, reason in list(new.items())[:3])
+            self.context.say(f"careful: {len(new)} images cannot be read and are left out: {some}")
+        self.bad.update(bad)
+
+    def identity(self, suite: str) -> str:
+        """Differs where anything does that a training depends on."""
+        about = [suite, self.backbone.digest, self.hash, str(self.view), self.precision, asdict(self.cfg)]
+        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
 
     def result(self, suite: str, scores: dict[str, Score], notes: Sequence[str] = (), **details: Any) -> Result:
         """With all that the suites say alike."""
         protocol = {
             **asdict(self.cfg), "image_size": self.size, "view": str(self.view),
-            "precision": resolve_precision(self.cfg.precision, self.context.device),
+            "precision": self.precision,
         }  # fmt: skip
         said = [*notes]
         if self.size != PROTOCOL_SIZE:
@@ -92,7 +107,7 @@ class Probe:
         return {
             "name": Path(str(self.context.data)).name,
             "path": str(self.context.data),
-            "hash": f"{self.train.digest()[:16]}-{self.test.digest()[:16]}",
+            "hash": self.hash,
             "train": len(self.train),
             "test": len(self.test),
             "classes": self.num_classes,
@@ -114,8 +129,3 @@ def choose_size(backbone: Backbone, asked: int) -> int:
 def truth_of(part: Part, features: Features) -> Tensor:
     """Labels (n,) of the images that could be read."""
     return part.labels[torch.from_numpy(features.good)]
-
-
-def score_both(predicted: Tensor, truth: Tensor, num_classes: int) -> tuple[Score, list[float]]:
-    """Top-1 accuracy, and that of each class."""
-    return accuracy_score(predicted, truth), accuracy_by_class(predicted, truth, num_classes)

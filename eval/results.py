@@ -7,9 +7,10 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -75,16 +76,22 @@ def write_result(folder: Path, result: Result, backbone: Backbone, weights: str 
         "commit": commit(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
-    folder.mkdir(parents=True, exist_ok=True)
     return write_json(folder / FILE, content)
 
 
 def write_json(path: Path, content: Any) -> Path:
     """Readable JSON under its name only when all of it is on the disk."""
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    return write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> Path:
+    """A file that is there when all that `write` writes is on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
+        with partial.open("wb") as file:
+            write(file)
             file.flush()
             os.fsync(file.fileno())  # or a power cut could leave an empty file under the final name
         partial.replace(path)

@@ -39,6 +39,9 @@ class Suite:
 
 # In the order in which `all` runs them: who wants most of a data set comes first, and the others find its features.
 _ALL = [
+    Suite(
+        "imagenet-linear", "linear classifiers, all settings at once", "imagenet", "eval.suites.linear", "LinearConfig"
+    ),
     Suite("knn", "k nearest neighbours of class tokens", "imagenet", "eval.suites.knn", "KnnConfig"),
     Suite("logreg", "logistic regression on class tokens", "imagenet", "eval.suites.logreg", "LogregConfig"),
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 from dinoreg.config import ConfigError
 from dinoreg.models.knn import knn_classify
 from eval.backbone import Backbone
-from eval.features import cls_of
+from eval.forward import cls_of
 from eval.metrics import accuracy_by_class, accuracy_score
 from eval.probe import Probe, ProbeConfig, truth_of
 from eval.results import Result

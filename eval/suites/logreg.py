@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dinoreg.config import ConfigError
 from eval.backbone import Backbone
-from eval.features import cls_of
+from eval.forward import cls_of
+from eval.images import hold_out
 from eval.logistic import Linear, fit_logistic
 from eval.metrics import accuracy_by_class, accuracy_score
 from eval.probe import Probe, ProbeConfig, truth_of
@@ -69,7 +70,7 @@ def run(backbone: Backbone, cfg: LogregConfig, context: Context) -> Result:
     if cfg.select == "val":
         tried = _try(cfg, known, labels, asked, truth, probe.num_classes, context)
     else:
-        held, kept = hold_out(len(labels), cfg.heldout, cfg.seed)
+        held, kept = (torch.from_numpy(part) for part in hold_out(len(labels), cfg.heldout, cfg.seed))
         tried = _try(cfg, known[kept], labels[kept], known[held], labels[held], probe.num_classes, context)
     best = max(tried, key=lambda C: (tried[C].top1, -C))  # the simplest of equals
     context.say(f"logreg: C = {best:.3g} is the best of {cfg.c_steps}; the last fit, on all training images")
@@ -95,15 +96,6 @@ class Trial:
     C: float
     top1: float
     iterations: int
-
-
-def hold_out(count: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Places of the images that are held out, and of those that are kept, always the same."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    held = max(1, round(count * share))
-    if held == count:
-        raise ConfigError(f"{count} training images are too few to hold some out", "heldout")
-    return order[:held].sort().values, order[held:].sort().values
 
 
 def _try(
