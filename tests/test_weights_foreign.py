@@ -189,6 +189,21 @@ def test_equals_openclip(tmp_path: Path, wrapped: str, quick: bool, size: tuple[
         close(features.cls @ theirs.proj, pooled)
 
 
+@pytest.mark.filterwarnings("ignore:.*TorchScript", "ignore:.*torch.jit", "ignore:Converting a tensor")
+def test_a_torchscript_archive_is_opened_when_it_is_trusted(tmp_path: Path) -> None:
+    """The form in which OpenAI published CLIP."""
+    theirs = openclip_tower()
+    model = nn.Module()
+    model.visual = theirs
+    model.register_buffer("input_resolution", torch.tensor(28))
+    model.forward = lambda batch: theirs(batch)[0]  # type: ignore[assignment]
+    torch.jit.trace(model, images(28, 28)).save(tmp_path / "ViT.pt")
+    with pytest.raises(WeightsError, match="would run code when opened: it asks for TorchScript; if you trust"):
+        load_backbone(tmp_path / "ViT.pt")
+    ours = load_backbone(tmp_path / "ViT.pt", trust=True)
+    assert "quick_gelu" in ours.found and "left out: input_resolution, proj" in ours.found
+
+
 @pytest.mark.parametrize(
     ("name", "options", "kind"),
     [

@@ -89,7 +89,11 @@ def read_file(path: Path, trust: bool) -> tuple[dict[str, Any], dict[str, str] |
         raise WeightsError(f"needs code that is not installed here ({first_line(error)})") from error
     # torch's reader takes any bytes for instructions, so what fails in it may be anything.
     except Exception as error:
+        if "TorchScript" in str(error):
+            raise WeightsError(_refusal("GLOBAL TorchScript")) from error
         raise WeightsError(f"truncated or damaged ({first_line(error)})") from error
+    if isinstance(checkpoint, torch.jit.ScriptModule):  # as OpenAI published CLIP
+        checkpoint = checkpoint.state_dict()
     if not isinstance(checkpoint, Mapping):
         raise WeightsError(f"holds a {type(checkpoint).__name__}, not a state dict")
     return dict(checkpoint), None
