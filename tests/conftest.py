@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
+
+from dinoreg.parallel.mesh import Ranks
+from dinoreg.train.checkpoint import CheckpointConfig, Checkpointer
 
 # The models of the tests are far too small to gain from threads, and processes that share two cores lose much by them.
 torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Tests run in several processes (pytest -n). Those that share what takes long to make stay in one.
-TOGETHER = ("test_checkpoint.py", "test_faults.py", "test_trainer.py", "slurm/")
+TOGETHER = ("test_checkpoint.py", "test_checkpoint_damage.py", "test_faults.py", "test_trainer.py", "slurm/")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -32,3 +37,9 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real images at {folder}: set DINOREG_TEST_DATA to run this test")
     return folder
+
+
+@pytest.fixture
+def checkpointer(tmp_path: Path) -> Iterator[Checkpointer]:
+    with closing(Checkpointer(tmp_path, CheckpointConfig(), Ranks.alone())) as checkpointer:
+        yield checkpointer

@@ -19,6 +19,7 @@ from checkpointing import (
     Run,
     assert_same,
     assert_told,
+    flip,
     names,
     on_a_full_disk,
     save_and_fill_up,
@@ -140,7 +141,7 @@ def _one_to_two(ranks: Ranks, folder: Path) -> tuple[dict[str, Tensor], dict[str
     again, checkpoints = Run(4, ranks, "full"), folder / "two" / "checkpoints"
     if ranks.is_main:  # of its three files the second rank checks the second, which alone is damaged
         shutil.copytree(checkpoints / "step_00000003", checkpoints / "step_00000009")
-        _flip(checkpoints / "step_00000009" / "__0_0.distcp")
+        flip(checkpoints / "step_00000009" / "__0_0.distcp")
     ranks.barrier()
     again.resume(folder / "two")
     assert torch.equal(torch.rand(3), drawn)
