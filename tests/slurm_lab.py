@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes on this machine, for tests: munged, slurmctld and two slurmd, all below one folder."""
+"""A real Slurm of three nodes on this machine, for tests: munged, slurmctld and slurmds, all below one folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-NODES = ("127.0.0.2", "127.0.0.3")
+NODES = ("127.0.0.2", "127.0.0.3", "127.0.0.4")
 DAEMONS = ("munged", "slurmctld", "slurmd", "srun", "sinfo", "setpriv")
 
 # cred_expire is how long a requeued job waits, 5 s at least; FirstJobId: ports are made from ids, and two clusters may
@@ -50,12 +50,17 @@ MessageTimeout=10
 TCPTimeout=2
 NodeName=127.0.0.2 NodeHostname={host} NodeAddr={address} Port={ports[1]} CPUs=2 RealMemory=1000000 State=UNKNOWN
 NodeName=127.0.0.3 NodeHostname={host} NodeAddr={address} Port={ports[2]} CPUs=2 RealMemory=1000000 State=UNKNOWN
+GresTypes=gpu
+NodeName=127.0.0.4 NodeHostname={host} NodeAddr={address} Port={ports[3]} CPUs=16 RealMemory=1000000 Gres=gpu:2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
-PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+PartitionName=main Nodes=127.0.0.[2-3] Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+PartitionName=high Nodes=127.0.0.[2-3] MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+PartitionName=gpu Nodes=127.0.0.4 MaxTime=INFINITE State=UP
 """
+# Two devices that every machine has stand for GPUs: what Slurm promises of them can be seen, computing is the CPU's.
+GPUS = "NodeName=127.0.0.4 Name=gpu File=/dev/null\nNodeName=127.0.0.4 Name=gpu File=/dev/zero\n"
 
 
 def missing() -> list[str]:
@@ -122,10 +127,11 @@ class SlurmLab:
             address=socket.gethostbyname(host),
             user=getpass.getuser(),
             root=self.root,
-            ports=_free_ports(3),
+            ports=_free_ports(4),
             first_job=1 + int(time.time() * 10) % 60_000_000,
         )
         (self.root / "slurm.conf").write_text(conf)
+        (self.root / "gres.conf").write_text(GPUS)
         sock = munge / "sock"
         files = [f"--{kind}-file={munge}/{kind}" for kind in ("key", "pid", "log", "seed")]
         self._spawn("munged", "--foreground", "--force", f"--socket={sock}", *files)
@@ -133,7 +139,7 @@ class SlurmLab:
         self._spawn("slurmctld", "-D")
         for node in NODES:
             self.start_node(node)
-        _until(lambda: self._states() == ["idle", "idle"], "slurmd")
+        _until(lambda: self._states() == ["idle"] * len(NODES), "slurmd")
 
     def _spawn(self, *command: str) -> subprocess.Popen[bytes]:
         with (self.root / "log" / f"{command[0]}.out").open("ab") as out:
@@ -144,9 +150,9 @@ class SlurmLab:
         return daemon
 
     def _states(self) -> list[str]:
-        command = ["sinfo", "-h", "-N", "-p", "main", "-o", "%T"]
+        command = ["sinfo", "-h", "-N", "-o", "%N %T"]
         shown = subprocess.run(command, env=self.env, capture_output=True, text=True, check=False)
-        return shown.stdout.split()
+        return [state for _, state in sorted({tuple(line.split()) for line in shown.stdout.splitlines()})]
 
 
 def _processes_of(node: str, root: Path) -> list[int]:

@@ -160,11 +160,30 @@ def test_a_job_that_dies_in_its_first_second_says_why(images: Path, env: dict[st
     assert line.split()[2] == "failed" and "/no/python" in why and "No such file or directory" in why
 
 
+def test_one_task_a_gpu_with_all_that_was_asked_for(images: Path, env: dict[str, str], tmp_path: Path) -> None:
+    """The GPUs of this cluster cannot compute, so the processes do it on the CPU."""
+    run_dir = tmp_path / "run"
+    asked = ["partition=gpu", "gpus_a_node=2", "cpus_a_task=4", "memory=20GB", "time=30m", "comment=try"]
+    options = [f"data.sources={images}", *FAST, f"run_dir={run_dir}", "train.steps=2"]
+    launch("train", TINY, *options, *(f"launch.{each}" for each in asked), "launch.sbatch=[exclusive]", env=env)
+    until(lambda: state(job_of(run_dir), env) in ("COMPLETED", "FAILED"), "the end of the job")
+    assert steps(run_dir) == 2, launch("logs", run_dir, env=env)
+    shown = subprocess.run(["scontrol", "show", "job", job_of(run_dir)], env=env, capture_output=True, text=True).stdout
+    for word in ("NumTasks=2", "CPUs/Task=4", "MinMemoryNode=20G", "TimeLimit=00:30:00", "TresPerNode=gres:gpu:2",
+                 "OverSubscribe=NO", "Comment=try", "NodeList=127.0.0.4"):  # fmt: skip
+        assert word in shown, shown
+    assert "on 127.0.0.4: from step 0" in launch("logs", run_dir, env=env)
+
+
 @pytest.mark.parametrize(
     ("option", "says"),
     [
-        ("launch.partition=gpus", "launch.partition: there is no 'gpus' here, only high, main"),
+        ("launch.partition=gpus", "launch.partition: there is no 'gpus' here, only gpu, high, main"),
         ("launch.gpus_a_node=2", "launch.gpus_a_node: 2 GPUs on a node, but those of partition main have none"),
+        (
+            "launch.partition=gpu launch.gpus_a_node=4",
+            "launch.gpus_a_node: 4 GPUs on a node, but those of partition gpu have 2",
+        ),
         ("launch.nodes=4", "launch.nodes: partition main has 2 nodes, not 4"),
         ("launch.sbatch=[reservation=mine]", "nothing is queued, for sbatch says: Batch job submission failed: Req"),
     ],
@@ -172,6 +191,7 @@ def test_a_job_that_dies_in_its_first_second_says_why(images: Path, env: dict[st
 def test_what_the_cluster_cannot_do_is_one_line_and_no_job(
     option: str, says: str, images: Path, env: dict[str, str], tmp_path: Path
 ) -> None:
-    said = launch("train", TINY, f"data.sources={images}", f"run_dir={tmp_path / 'run'}", option, env=env, fails=True)
+    words = [f"data.sources={images}", f"run_dir={tmp_path / 'run'}", *option.split()]
+    said = launch("train", TINY, *words, env=env, fails=True)
     assert said.startswith(f"dinoreg-launch: {says}") and said.count("\n") == 1
     assert not read_jobs(tmp_path / "run")
