@@ -17,6 +17,7 @@ Give runs of dinoreg to Slurm, or to this machine, and look after them.
 
   train     submit a run; it goes on by itself after preemption, time limits and lost nodes
   sweep     submit a grid of runs as one array; with --table: what came of it, and a plot
+  eval      evaluate checkpoints of a run, or of a sweep, as an array; with --follow as they appear
   status    how runs are: step, images/s, ETA, checkpoint, score, requeues, and why one failed
   logs      what a run prints
   cancel    end a run's job
@@ -54,13 +55,15 @@ def train(words: Sequence[str]) -> int:
     asked = parser.parse_intermixed_args(words)
 
     from launch.recipe import load_launched
+    from launch.say import say_submitted
     from launch.submit import script, submit
 
     config = load_launched(asked.config, asked.overrides)
     if asked.dry_run:
         print(script(config.launch, Path(config.run_dir)))
         return 0
-    _say_submitted(submit(config, asked.cluster), config.run_dir)
+    run_dir = Path(config.run_dir)
+    say_submitted({run_dir: submit(config, asked.cluster)}, run_dir)
     return 0
 
 
@@ -94,25 +97,67 @@ def sweep(words: Sequence[str]) -> int:
         return 0
 
     from dinoreg.config import ConfigError
-    from launch.submit import script
+    from launch import say
     from launch.sweep import plan, submit
 
     if asked.config is None:
         raise ConfigError("give a CONFIG, or --table FOLDER")
     grid = plan(asked.config, asked.overrides, asked.most)
-    print(f"axes: {'; '.join(map(str, grid.axes))}")
     if asked.dry_run:
-        print(f"{len(grid.runs)} runs in {_shown(grid.folder)}:")
-        print("\n".join(f"    {name}" for name in grid.runs))
-        print(script(grid.first.launch, grid.folder, len(grid.runs)))
+        say.dry_sweep(grid)
         return 0
-    submitted, left = submit(grid, asked.cluster)
-    print(f"{len(submitted)} of {len(grid.runs)} runs submitted in {_shown(grid.folder)}")
-    for name in grid.runs:
-        print(f"    {name}: {f'job {submitted[name]}' if name in submitted else f'left as it is, {left[name]}'}")
-    _say_where(grid.folder)
-    print(f"what comes of it: dinoreg-launch sweep --table {_shown(grid.folder)}")
+    say.say_sweep(grid, *submit(grid, asked.cluster))
     return 0
+
+
+def evaluate(words: Sequence[str]) -> int:
+    """`dinoreg-launch eval`."""
+    parser = _parser(
+        "eval",
+        "Evaluate the teachers of a run with a suite of dinoreg-eval, each in a job of its own. What is evaluated "
+        "already, or in the queue, is left as it is. Results go to RUN/eval/SUITE, RUN/evaluations.jsonl, and to the "
+        "run at wandb, at the steps of the teachers.",
+        """\
+        examples:
+          dinoreg-launch eval knn --run runs/mine --data /data/imagenet1k              the newest teacher
+          dinoreg-launch eval knn --run runs/mine --data /data/imagenet1k --follow         each as it appears
+          dinoreg-launch eval knn --run runs/registers --data DIR --steps 50000,100000        runs of a sweep
+          dinoreg-launch eval knn --run runs/mine --data DIR k=[10,20] main_k=10 --name knn-10     other options
+          dinoreg-launch eval knn --run runs/mine --data DIR launch.time=1h launch.memory=60GB launch.array=4
+
+        Jobs are given what the run was (partition, account, time, ...), but one node, and one task on one GPU;
+        launch.key=value says otherwise. Other options: dinoreg-eval SUITE --help.""",
+    )
+    parser.add_argument("suite", metavar="SUITE", help="of dinoreg-eval")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of the suite, and launch.key=value")
+    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="a run directory, or a sweep's")
+    parser.add_argument("--data", action="append", default=[], metavar="DIR", help="images; as dinoreg-eval takes it")
+    parser.add_argument("--preset", choices=("published", "quick"), default="published", help="default: %(default)s")
+    parser.add_argument("--name", metavar="NAME", help="of the folder and the metrics (default: the suite's)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--all", action="store_true", help="all teachers, not the newest alone")
+    which.add_argument("--steps", metavar="N,N,...", help="the teachers of these steps")
+    which.add_argument("--follow", action="store_true", help="all, and each new one, until the run has ended")
+    parser.add_argument(
+        "--every", type=float, default=30, metavar="SECONDS", help="with --follow (default: %(default)s)"
+    )
+    _add_cluster(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print what would be evaluated and the sbatch script")
+    asked = parser.parse_intermixed_args(words)
+
+    from launch import say
+    from launch.evaluate import follow, make_suite, plan
+
+    others = [word for word in asked.overrides if word.startswith("launch.")]
+    own = [word for word in asked.overrides if word not in others]
+    made = plan(asked.run, make_suite(asked.suite, asked.name, asked.data, asked.preset, own), others, asked.cluster)
+    if asked.follow:
+        try:
+            return 0 if follow(made, asked.every, lambda text: print(text, flush=True)) else 1
+        except KeyboardInterrupt:
+            print("no longer following; jobs in the queue stay there, and the same command goes on")
+            return 130
+    return say.evaluate(made, asked.all, asked.steps, asked.dry_run)
 
 
 def resume(words: Sequence[str]) -> int:
@@ -134,11 +179,9 @@ def resume(words: Sequence[str]) -> int:
     asked = parser.parse_intermixed_args(words)
 
     from launch.resume import resume as again
+    from launch.say import say_submitted
 
-    submitted = again(asked.run_dir, asked.overrides, asked.cluster, asked.new_code)
-    for run, job in submitted.items():
-        print(f"job {job}: {_shown(run)}")
-    _say_where(asked.run_dir)
+    say_submitted(again(asked.run_dir, asked.overrides, asked.cluster, asked.new_code), asked.run_dir)
     return 0
 
 
@@ -220,26 +263,12 @@ def cancel(words: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "sweep": sweep,
+    "eval": evaluate,
     "status": status,
     "logs": logs,
     "cancel": cancel,
     "resume": resume,
 }
-
-
-def _say_submitted(job: str, run_dir: Path | str) -> None:
-    print(f"job {job}: {_shown(run_dir)}")
-    _say_where(run_dir)
-
-
-def _say_where(folder: Path | str) -> None:
-    print(f"see it: dinoreg-launch status {_shown(folder)}, dinoreg-launch logs -f {_shown(folder)}")
-
-
-def _shown(path: Path | str) -> Path:
-    """As somebody in this folder writes it."""
-    here = Path.cwd()
-    return Path(path).relative_to(here) if Path(path).is_relative_to(here) else Path(path)
 
 
 def _add_cluster(parser: ArgumentParser, choices: Sequence[str] = ("slurm", "local", "debug")) -> None:

@@ -64,6 +64,14 @@ def scores(run_dir: Path) -> list[Score]:
     return [_score(run_dir, name, *found) for name, found in newest.items() if name.startswith("eval/")]
 
 
+def main_scores(run_dir: Path) -> list[Score]:
+    """Of each suite the one that counts most."""
+    first: dict[str, Score] = {}
+    for score in scores(run_dir):
+        first.setdefault(score.suite, score)
+    return list(first.values())
+
+
 def _score(run_dir: Path, name: str, step: int, value: float) -> Score:
     _, suite, metric = name.split("/", 2)
     said = _content(folder_of(run_dir, suite, step) / RESULTS).get("scores", {}).get(metric, {})

@@ -46,12 +46,12 @@ class SlurmExecutor(submitit.SlurmExecutor):
         return self._make_submission_file_text(self._submitit_command_str, "")
 
 
-def slurm_executor(asked: LaunchConfig, folder: Path, code: Path) -> SlurmExecutor:
+def slurm_executor(asked: LaunchConfig, folder: Path, code: Path, name: str) -> SlurmExecutor:
     """Everything in `launch:` as sbatch and srun want it. folder: of the run, or of what runs as an array."""
     python = asked.python or ("python3" if asked.container_image else sys.executable)
     executor = SlurmExecutor(folder=folder / LOGS, python=shlex.quote(python))
     options: dict[str, Any] = {
-        "job_name": folder.name,
+        "job_name": name,
         "nodes": asked.nodes,
         "ntasks_per_node": asked.tasks_a_node,
         "gpus_per_node": asked.gpus_a_node or None,

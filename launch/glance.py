@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from launch.evaluations import main_scores
+
 TAIL = 1 << 20  # bytes of metrics.jsonl that are looked at: thousands of steps
 SCORES = {"knn/top1": "k-NN"}  # what is worth a column, and its short name
 
@@ -40,8 +42,19 @@ def glance(run_dir: Path) -> Glance:
     total = _total(train, latest)
     pace = latest.get("throughput/images_per_second")
     left = (total - step) * train["batch_size"] / pace if total and pace and math.isfinite(pace) else None
-    scores = [f"{label} {latest[name]:.1%}" for name, label in SCORES.items() if name in latest]
-    return Glance(max(step, checkpoint), total, pace, left, checkpoint, scores[0] if scores else None)
+    return Glance(max(step, checkpoint), total, pace, left, checkpoint, _score(run_dir, records))
+
+
+def _score(run_dir: Path, records: list[dict[str, float]]) -> str | None:
+    """The latest, of the run itself or of an evaluation; of a suite the one that counts most."""
+    found = [
+        (record["step"], f"{label} {record[name]:.1%}")
+        for record in records
+        for name, label in SCORES.items()
+        if name in record and "step" in record
+    ]
+    found += [(score.step, f"{score.suite} {score}") for score in main_scores(run_dir)]
+    return max(enumerate(found), key=lambda each: (each[1][0], each[0]))[1][1] if found else None
 
 
 def newest_checkpoint(run_dir: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
@@ -26,6 +27,23 @@ def active_jobs(run_dirs: Iterable[Path]) -> dict[Path, Job]:
     jobs = latest(run_dirs)
     told = states(jobs)
     return {run: job for run, job in jobs.items() if (state := told[run]) is not None and state.active}
+
+
+def in_use(run_dir: Path) -> bool:
+    """Whether a run goes on: its job waits or runs, or somebody else trains in its directory."""
+    if active_job(run_dir) is not None:
+        return True
+    path = run_dir / "lock"
+    if not path.exists():
+        return False
+    with path.open("r+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass  # a file system without locks, where nobody knows
+    return False
 
 
 def states(jobs: dict[Path, Job]) -> dict[Path, JobState | None]:

@@ -37,6 +37,8 @@ def draw(path: Path, title: str, axes: Sequence[str], points: Sequence[Point], s
             _map(figure, panel, axes, points, name)
         else:
             _lines(panel, axes[0], points, groups, name)
+    if any(point.state != "finished" for point in points):
+        figure.supxlabel("hollow: not at its end yet", fontsize=8, color="#555555")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if len(groups) > 1 and labels:
         figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
@@ -89,7 +91,7 @@ def _lines(panel: Any, axis: str, points: Sequence[Point], groups: dict[str, lis
 
 
 def _map(figure: Any, panel: Any, axes: Sequence[str], points: Sequence[Point], name: str) -> None:
-    """A coloured square with its value for each pair."""
+    """A coloured rectangle for each pair of values."""
     across, down = _different(points, 0), _different(points, 1)
     grid = [[float("nan")] * len(across) for _ in down]
     for point in points:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dinoreg.config import ConfigError
 from launch import jobs
+from launch.evaluations import EVAL, RESULTS, step_of
 from launch.glance import Glance, glance
 from launch.logs import why
 from launch.record import NAME, Job, read_jobs
@@ -19,14 +20,14 @@ HEADER = ("RUN", "JOB", "STATE", "STEP", "IMG/S", "ETA", "SAVED", "SCORE", "REQU
 
 @dataclass(frozen=True)
 class Row:
-    """One run. note: why it waits, or why it ended."""
+    """One run. notes: why it waits, or why it ended; how its evaluations are."""
 
     run: str
     job: Job
     requeues: int  # of all its jobs
     state: str
     glance: Glance
-    note: str | None
+    notes: list[str]
 
     def cells(self) -> tuple[str, ...]:
         """As the table shows them."""
@@ -54,13 +55,37 @@ def natural(path: Path) -> list[tuple[int, float, str]]:
 
 
 def rows(runs: Iterable[Path]) -> list[Row]:
-    """One for each run, of its latest job."""
+    """One for each run, of its latest job, with what its evaluations are at."""
     latest = jobs.latest(runs)
-    told = jobs.states(latest)
-    return [_row(run, job, told[run]) for run, job in latest.items()]
+    evaluations = {run: jobs.latest(_unfinished(run)) for run in latest}
+    told = jobs.states(latest | {path: job for found in evaluations.values() for path, job in found.items()})
+    return [_row(run, job, told[run], _notes(evaluations[run], told)) for run, job in latest.items()]
 
 
-def _row(run: Path, job: Job, state: JobState | None) -> Row:
+def _unfinished(run: Path) -> list[Path]:
+    """Evaluations that were submitted and have not brought a result."""
+    submitted = [path.parent for path in run.glob(f"{EVAL}/*/step_*/{NAME}")]
+    return [path for path in sorted(submitted) if not (path / RESULTS).is_file()]
+
+
+def _notes(evaluations: dict[Path, Job], told: dict[Path, JobState | None]) -> list[str]:
+    """A line for those of each suite that wait or run, and one for those that failed, with the last one's reason."""
+    notes = []
+    for suite in dict.fromkeys(path.parent for path in evaluations):
+        own = {path: told[path] for path in evaluations if path.parent == suite}
+        active = [state.name.lower() for state in own.values() if state is not None and state.active]
+        failed = [path for path, state in own.items() if state is None or not state.active]
+        if active:
+            counts = ", ".join(f"{active.count(name)} {name}" for name in dict.fromkeys(active))
+            notes.append(f"eval {suite.name}: {counts}")
+        if failed:
+            job, more = evaluations[failed[-1]], f", and {len(failed) - 1} more" if len(failed) > 1 else ""
+            reason = "cancelled" if job.cancelled else why(failed[-1], job) or "its log does not say why"
+            notes.append(f"eval {suite.name}, step {step_of(failed[-1])}{more}: {reason}")
+    return notes
+
+
+def _row(run: Path, job: Job, state: JobState | None, notes: list[str]) -> Row:
     at = glance(run)
     name = state_name(job, state, at.finished)
     if state is not None and state.active:
@@ -69,7 +94,8 @@ def _row(run: Path, job: Job, state: JobState | None) -> Row:
         note = None if name == "finished" else why(run, job)
         if name == "cancelled" and not (note or "").startswith("stopped by"):
             note = f"it had no time to save what came after step {at.checkpoint}"
-    return Row(str(run), job, sum(each.requeues for each in read_jobs(run)), name, at, note)
+    requeues = sum(each.requeues for each in read_jobs(run))
+    return Row(str(run), job, requeues, name, at, [*([note] if note else []), *notes])
 
 
 def state_name(job: Job, state: JobState | None, finished: bool) -> str:
@@ -88,8 +114,8 @@ def table(found: Sequence[Row]) -> str:
     cells = [HEADER, *(row.cells() for row in found)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(HEADER))]
     lines = ["  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    notes = [None, *(row.note for row in found)]
-    return "\n".join(line + (f"\n    {note}" if note else "") for line, note in zip(lines, notes, strict=True))
+    notes: list[list[str]] = [[], *(row.notes for row in found)]
+    return "\n".join("\n    ".join([line, *said]) for line, said in zip(lines, notes, strict=True))
 
 
 def duration(seconds: float) -> str:

@@ -27,9 +27,9 @@ from launch.task import LOGS, RECIPE, Task
 Cluster = Literal["slurm", "local", "debug"]
 
 
-def script(asked: LaunchConfig, folder: Path, count: int = 1) -> str:
+def script(asked: LaunchConfig, folder: Path, count: int = 1, name: str = "") -> str:
     """The sbatch script that would be submitted for a run, or for an array of `count`. Nothing is written."""
-    return slurm_executor(asked, folder, folder / "code" / "SNAPSHOT").script(count)
+    return slurm_executor(asked, folder, folder / "code" / "SNAPSHOT", name or folder.name).script(count)
 
 
 def submit(config: LaunchedRun, cluster: Cluster, code: Snapshot | None = None) -> str:
@@ -67,22 +67,25 @@ def training(config: LaunchedRun, cluster: Cluster, code: Snapshot) -> Task:
     return Task(str(run_dir), str(code.folder), str(Path.cwd()), cluster, patience)
 
 
-def queue(tasks: Sequence[Task], asked: LaunchConfig, folder: Path, cluster: Cluster, code: Snapshot) -> list[str]:
+def queue(
+    tasks: Sequence[Task], asked: LaunchConfig, folder: Path, cluster: Cluster, code: Snapshot, name: str = ""
+) -> list[str]:
     """Submit tasks, several as one array whose logs lie below `folder`; their ids. Raises ConfigError."""
     (folder / LOGS).mkdir(parents=True, exist_ok=True)
     if cluster == "debug":
         _note(tasks[0], str(os.getpid()), folder, code)
         submitit.DebugExecutor(folder / LOGS).submit(tasks[0]).results()
-    give = _to_slurm if cluster == "slurm" else local.start
-    ids = give(tasks, asked, folder)
+    if cluster == "slurm":
+        ids = _to_slurm(tasks, slurm_executor(asked, folder, Path(tasks[0].code), name or folder.name))
+    else:
+        ids = local.start(tasks, asked, folder)
     for task, job_id in zip(tasks, ids, strict=True):
         _note(task, job_id, folder, code)
     return ids
 
 
-def _to_slurm(tasks: Sequence[Task], asked: LaunchConfig, folder: Path) -> list[str]:
+def _to_slurm(tasks: Sequence[Task], executor: submitit.Executor) -> list[str]:
     said = io.StringIO()
-    executor = slurm_executor(asked, folder, Path(tasks[0].code))
     try:
         with redirect_stderr(said), executor.batch():  # where submitit prints what sbatch says
             jobs = [executor.submit(task) for task in tasks]

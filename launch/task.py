@@ -59,6 +59,10 @@ class Task:
         """In the line that says a start."""
         return f"from step {start.step}"
 
+    def advice(self) -> str:
+        """What to do when it ended without having come to its end."""
+        return f"go on with: dinoreg-launch resume {self.run_dir}"
+
     def begin(self, job: str, restart: int, nodes: str, speaks: bool, log: TextIO) -> str | None:
         """Note the start; or why there must be none, when starting has no end: all tasks see the same."""
         run_dir = Path(self.run_dir)
@@ -72,8 +76,8 @@ class Task:
         if vain <= self.patience:
             return None
         return (
-            f"dinoreg-launch: {vain} requeues brought nothing new: still at step {start.step}. Find out why, and go on "
-            f"with: dinoreg-launch resume {self.run_dir}"
+            f"dinoreg-launch: {vain} requeues brought nothing new: still at step {start.step}. Find out why, and "
+            f"{self.advice()}"
         )
 
 
