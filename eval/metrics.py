@@ -47,7 +47,7 @@ def mean_score(values: Tensor, unit: str = "", better: str = "higher") -> Score:
     """The mean of one figure an image (n,), with its interval."""
     with_ones = torch.stack([values.double(), torch.ones_like(values, dtype=torch.float64)], dim=1)
     low, high = bootstrap(with_ones, lambda sums: sums[:, 0] / sums[:, 1])
-    return Score(float(values.double().mean()), low, high, unit, better)
+    return Score(float(values.double().mean()), low, high, unit, better, values.detach().cpu().float())
 
 
 def accuracy_score(predicted: Tensor, truth: Tensor) -> Score:

@@ -112,6 +112,7 @@ class Probe:
             "test": len(self.test),
             "classes": self.num_classes,
             "class_names": self.train.images.classes,
+            "test_of_class": torch.bincount(self.test.labels, minlength=self.num_classes).tolist(),
             "bad": self.bad,
         }
 

@@ -8,27 +8,39 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
+from torch import Tensor
 
 import dinoreg
 from eval.backbone import Backbone
 
 FILE = "results.json"
+OUTCOMES = "outcomes.npz"  # what each image adds to the scores, from which two results are compared image by image
 
 
 @dataclass(frozen=True)
 class Score:
-    """A figure, and the interval in which it lies with 95 % by a bootstrap over the images."""
+    """A figure, and the interval in which it lies with 95 % by a bootstrap over the images.
+
+    per_image: (n,), whose mean the figure is; or (n, C, 2) of intersections and unions, where it is 100 times the mean
+    over classes of the ratio of their sums, classes without any left out. In the order of the test images.
+    """
 
     value: float
     low: float
     high: float
     unit: str = "%"
     better: str = "higher"  # or lower
+    per_image: Tensor | None = field(default=None, repr=False, compare=False)
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"value": self.value, "low": self.low, "high": self.high, "unit": self.unit, "better": self.better}
 
     def texts(self) -> tuple[str, str]:
         """The value and the interval, for people."""
@@ -58,14 +70,26 @@ class Result:
 
 def write_result(folder: Path, result: Result, backbone: Backbone, weights: str | Path, seconds: float) -> Path:
     """Write folder/results.json, which appears only when it is complete. weights: as the user named them."""
+    per_image = {name: score.per_image for name, score in result.scores.items()}
+    outcomes: dict[str, Any] = {name: values.numpy() for name, values in per_image.items() if values is not None}
+    if outcomes:
+        write_atomically(folder / OUTCOMES, lambda file: np.savez_compressed(file, **outcomes))
+        result.files["outcomes"] = OUTCOMES
     content = {
         "suite": result.suite,
         "weights": str(weights),
         "backbone": backbone.name,
         "digest": backbone.digest,
         "found": backbone.found,
+        "architecture": {
+            "embed_dim": backbone.embed_dim,
+            "depth": backbone.depth,
+            "patch_size": backbone.patch_size,
+            "registers": backbone.num_registers,
+            "image_size": backbone.image_size,
+        },
         "step": backbone.step,
-        "scores": {name: asdict(score) for name, score in result.scores.items()},
+        "scores": {name: score.plain() for name, score in result.scores.items()},
         "protocol": result.protocol,
         "data": result.data,
         "notes": result.notes,
