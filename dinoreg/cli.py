@@ -26,6 +26,7 @@ Pretrain vision transformers with registers, and look at what came out.
   data prepare   turn a folder, a tar or an ImageNet-style tree into shards
   data check     count, measure and show what is in a folder or in shards
   look           draw attention, PCA and norm maps of a backbone for some images
+  export         write a backbone as Hugging Face, timm, DINOv2 or ONNX read it
   doctor         say in words what is wrong with a run
   replay         do a step again that was not finite, and say where it broke
 
@@ -204,6 +205,32 @@ def look(words: Sequence[str]) -> int:
     return 0
 
 
+def export(words: Sequence[str]) -> int:
+    """`dinoreg export`."""
+    from dinoreg.models import exporting
+
+    parser = _parser(
+        "export",
+        "Write a backbone as another library reads it. WEIGHTS may be of any kind that can be read: a run directory\n"
+        "(its newest teacher), a file or folder of dinoreg, DINO, DINOv2, DINOv3, DeiT-III, timm, OpenCLIP or Hugging\n"
+        "Face. Which it is, is found by looking, and said.",
+        """\
+        formats:
+          safetensors   one file with its architecture in it, for dinoreg.load_backbone
+          dinov2        a state dict in the names of Meta's repository
+          hf            a folder for transformers: Dinov2, Dinov2WithRegisters, CLIP vision or DINOv3 ViT
+          timm          a folder for timm
+          onnx          one graph for any number of images of any size; needs pip install 'dinoreg[onnx]'
+
+        examples:
+          dinoreg export runs/mine --format hf
+          dinoreg export runs/mine/teacher/step_00010000.safetensors --format onnx --output mine.onnx
+          dinoreg export dinov2_vits14_reg4_pretrain.pth --format timm --output vits14_reg4""",
+    )
+    exporting.add_arguments(parser)
+    return exporting.main(parser.parse_args(words))
+
+
 def doctor(words: Sequence[str]) -> int:
     """`dinoreg doctor`."""
     parser = _parser(
@@ -271,6 +298,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "data prepare": data_prepare,
     "data check": data_check,
     "look": look,
+    "export": export,
     "doctor": doctor,
     "replay": replay,
 }

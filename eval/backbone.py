@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dinoreg.models.formats import IMAGENET
 from dinoreg.models.maps import query_key_value
 from dinoreg.models.vit import VisionTransformer
 from dinoreg.models.weights import load_backbone
-
-IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # what most backbones were trained with
 
 
 @dataclass

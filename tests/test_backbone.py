@@ -10,10 +10,10 @@ import torch
 from foreign_models import huggingface, randomise
 from torch import Tensor
 
-from dinoreg.models.formats import WeightsError
+from dinoreg.models.formats import IMAGENET, WeightsError
 from dinoreg.models.vit import ModelConfig, build_vit
 from dinoreg.models.weights import NORMALISATION_KEY, save_backbone
-from eval.backbone import IMAGENET, Backbone, open_backbone
+from eval.backbone import Backbone, open_backbone
 
 SMALL = ModelConfig(embed_dim=32, depth=3, num_heads=2, patch_size=7, image_size=28, layerscale=0.5, num_registers=4)
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from dinoreg.models.vit import ARCHS, ModelConfig
 
+IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean and std that most backbones were trained with
+
 # Attention heads at a width, which shapes do not show: those of this project's sizes, CLIP's, DeiT-III's and timm's.
 HEADS = {arch.embed_dim: arch.num_heads for arch in ARCHS.values()} | {
     256: 4, 320: 5, 512: 8, 640: 10, 896: 14, 1408: 16, 1664: 16,

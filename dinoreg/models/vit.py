@@ -234,7 +234,7 @@ class VisionTransformer(nn.Module):
         grids = [self._grid_of(batch) for batch in images]
         tokens = [self._embed(*each) for each in zip(images, masks or [None] * len(images), grids, strict=True)]
         x = torch.cat([t.flatten(0, 1) for t in tokens])
-        turns = self._turns([len(t) for t in tokens], grids, x) if self.config.rope_base else None
+        turns = self._turns([t.shape[0] for t in tokens], grids, x) if self.config.rope_base else None
         return x, Packing.of([(t.shape[0], t.shape[1]) for t in tokens], x.device, turns), grids
 
     def backend(self, x: Tensor) -> str:
@@ -263,7 +263,7 @@ class VisionTransformer(nn.Module):
         if self.pos_embed is not None:
             cls_pos, patch_pos = self._position(self.pos_embed, grid)
             cls, patches = cls + cls_pos, patches + patch_pos
-        count = len(patches)
+        count = patches.shape[0]
         parts = [cls.expand(count, -1, -1), patches]
         if self.register_tokens is not None:
             parts.insert(1, self.register_tokens.expand(count, -1, -1))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dinoreg.models.formats import WeightsError
+from dinoreg.models.vit import ModelConfig
 
 
 @dataclass
@@ -64,6 +65,31 @@ def _state_dict(content: Mapping[str, Any], within: tuple[str, ...]) -> tuple[di
     if not state:
         raise WeightsError("no tensors in it")
     return state, within
+
+
+def demand(config: ModelConfig, target: str, **held: Any) -> None:
+    """Raises WeightsError unless a network has, option by option, the one value that `target` can hold."""
+    for option, value in held.items():
+        own = getattr(config, option)
+        if own != value and not (option == "activation" and config.ffn == "swiglu"):
+            raise WeightsError(f"{target} has no place for {option}={own}")
+
+
+def with_layerscale(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """With gains of 1 where a network has no LayerScale: for formats that always have one."""
+    gains = {
+        re.sub(r"norm([12])\.bias$", r"ls\1.gamma", name): torch.ones_like(tensor)
+        for name, tensor in state.items()
+        if re.fullmatch(r"blocks\.\d+\.norm[12]\.bias", name)
+    }
+    return {**gains, **state}
+
+
+def split(state: dict[str, Tensor], whole: str, parts: Sequence[str]) -> None:
+    """Cut a layer into those that another library keeps apart, in place: the reverse of `join`."""
+    for key in [key for key in state if f".{whole}." in key]:
+        for part, piece in zip(parts, state.pop(key).chunk(len(parts)), strict=True):
+            state[key.replace(f".{whole}.", f".{part}.")] = piece
 
 
 def rename(state: Mapping[str, Tensor], names: Iterable[tuple[str, str]]) -> dict[str, Tensor]:

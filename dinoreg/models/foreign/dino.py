@@ -8,8 +8,9 @@ from math import isqrt
 import torch
 from torch import Tensor
 
-from dinoreg.models.foreign.checkpoint import Checkpoint, join, rename
+from dinoreg.models.foreign.checkpoint import Checkpoint, demand, join, rename, with_layerscale
 from dinoreg.models.formats import Weights, WeightsError
+from dinoreg.models.vit import VisionTransformer
 
 
 def owns(found: Checkpoint) -> bool:
@@ -83,3 +84,15 @@ def _rotary_base(state: dict[str, Tensor]) -> tuple[float, int]:
     if base < 2 or not torch.allclose(periods, powers, rtol=0.01):  # files in half precision round them
         raise WeightsError("a DINOv3 model whose rotary periods are no powers of one base")
     return base, state["patch_embed.proj.weight"].shape[0] // (4 * count)
+
+
+def write_dinov2(model: VisionTransformer) -> tuple[dict[str, Tensor], list[str]]:
+    """The state dict that Meta's DINOv2 opens, and notes. Raises WeightsError for what it has no place for."""
+    config = model.config
+    demand(config, "the dinov2 format", rope_base=0, pre_norm=False, norm_eps=1e-6, activation="gelu")
+    state = with_layerscale(model.state_dict())
+    usual = (True, 0.0) if config.num_registers else (False, 0.1)
+    if (config.pos_antialias, config.pos_offset) == usual:
+        return state, []
+    arguments = f"interpolate_antialias={config.pos_antialias}, interpolate_offset={config.pos_offset:g}"
+    return state, [f"at other image sizes than {config.image_size} it is the same network only built with {arguments}"]

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinoreg.models.foreign.checkpoint import Checkpoint, join, rename
+from dinoreg.models.foreign.checkpoint import Checkpoint, demand, join, rename, split, with_layerscale
 from dinoreg.models.foreign.openclip import NORMALISATION
 from dinoreg.models.formats import Weights, WeightsError
+from dinoreg.models.layers import SwiGLU
+from dinoreg.models.vit import ModelConfig, VisionTransformer
 
 KINDS = ("dinov2", "dinov2_with_registers", "vit", "clip", "clip_vision_model", "dinov3_vit")
 
@@ -103,3 +105,131 @@ def _normalisation(
     if said.get("image_mean") and said.get("image_std"):
         return list(said["image_mean"]), list(said["image_std"])
     return default
+
+
+_TOKENS = (r"^(cls_token|mask_token|register_tokens)$", r"embeddings.\1")
+_ATTENTION = (r"\.attn\.([qkv])_proj\.", r".attention.\1_proj.")
+_SCALES = (r"\.ls([12])\.gamma$", r".layer_scale\1.lambda1")
+WRITTEN = {  # our names in those of three kinds
+    "dinov2": [
+        _TOKENS,
+        (r"^pos_embed$", "embeddings.position_embeddings"),
+        (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
+        (r"^blocks\.", "encoder.layer."),
+        (r"\.attn\.proj\.", ".attention.output.dense."),
+        (r"\.attn\.q_proj\.", ".attention.attention.query."),
+        (r"\.attn\.k_proj\.", ".attention.attention.key."),
+        (r"\.attn\.v_proj\.", ".attention.attention.value."),
+        (r"\.mlp\.w12\.", ".mlp.weights_in."),
+        (r"\.mlp\.w3\.", ".mlp.weights_out."),
+        _SCALES,
+        (r"^norm\.", "layernorm."),
+    ],
+    "dinov3_vit": [
+        _TOKENS,
+        (r"^patch_embed\.proj\.", "embeddings.patch_embeddings."),
+        (r"^blocks\.", "layer."),
+        (r"\.attn\.proj\.", ".attention.o_proj."),
+        _ATTENTION,
+        (r"\.mlp\.fc1\.", ".mlp.up_proj."),
+        (r"\.mlp\.(fc2|w3)\.", ".mlp.down_proj."),
+        _SCALES,
+    ],
+    "clip_vision_model": [
+        (r"^cls_token$", "embeddings.class_embedding"),
+        (r"^pos_embed$", "embeddings.position_embedding.weight"),
+        (r"^patch_embed\.proj\.", "embeddings.patch_embedding."),
+        (r"^norm_pre\.", "pre_layrnorm."),
+        (r"^blocks\.", "encoder.layers."),
+        (r"\.norm([12])\.", r".layer_norm\1."),
+        (r"\.attn\.proj\.", ".self_attn.out_proj."),
+        (r"\.attn\.([qkv])_proj\.", r".self_attn.\1_proj."),
+        (r"^norm\.", "post_layernorm."),
+        (r"^", "vision_model."),
+    ],
+}
+
+
+def write(model: VisionTransformer) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
+    """Weights and config.json of the kind of model in transformers that can hold this network, and notes.
+
+    Raises WeightsError where none can.
+    """
+    config = model.config
+    if config.rope_base:
+        state, said, notes = _write_dinov3(model)
+    elif config.pre_norm:
+        state, said, notes = _write_clip(model)
+    else:
+        state, said, notes = _write_dinov2(model)
+    dim, depth, heads, _ = config.size
+    split(state, "attn.qkv", ("attn.q_proj", "attn.k_proj", "attn.v_proj"))
+    kind = said["model_type"].removesuffix("_with_registers")
+    if not said.get("key_bias", True):
+        state = {key: tensor for key, tensor in state.items() if not key.endswith(".k_proj.bias")}
+    common = {
+        "hidden_size": dim, "num_hidden_layers": depth, "num_attention_heads": heads, "image_size": config.image_size,
+        "patch_size": config.patch_size, "num_channels": config.in_channels, "layer_norm_eps": config.norm_eps,
+        "hidden_act": config.activation, "dtype": "float32",
+    }  # fmt: skip
+    return rename(state, WRITTEN[kind]), common | said, notes
+
+
+def _write_dinov2(model: VisionTransformer) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
+    config, dim = model.config, model.embed_dim
+    hidden = config.ffn_hidden
+    width = SwiGLU.hidden_size if config.ffn == "swiglu" else int
+    ratio = next((ratio for ratio in range(1, 65) if width(ratio * dim) == hidden), 0)
+    if not ratio:
+        raise WeightsError(f"Hugging Face's Dinov2 has no place for feed-forward layers {hidden} wide at width {dim}")
+    # The model with registers, of which there may be none, is the one that resamples positions with antialiasing.
+    registers = config.num_registers > 0 or config.pos_antialias
+    state = with_layerscale(model.state_dict())
+    said: dict[str, Any] = {"use_swiglu_ffn": config.ffn == "swiglu", "mlp_ratio": ratio, "qkv_bias": True}
+    if registers:
+        said |= {"model_type": "dinov2_with_registers", "architectures": ["Dinov2WithRegistersModel"]}
+        said["num_register_tokens"] = config.num_registers
+        state.setdefault("register_tokens", torch.zeros(1, 0, dim))
+    else:
+        said |= {"model_type": "dinov2", "architectures": ["Dinov2Model"]}
+    return state, said, _resampling_note(config, registers)
+
+
+def _write_dinov3(model: VisionTransformer) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
+    config = model.config
+    demand(config, "Hugging Face's DINOv3", pre_norm=False)
+    state = with_layerscale(model.state_dict())
+    state["mask_token"] = state["mask_token"][None]
+    state.setdefault("register_tokens", torch.zeros(1, 0, model.embed_dim))
+    split(state, "mlp.w12", ("mlp.gate_proj", "mlp.up_proj"))
+    keys = [bias.chunk(3)[1] for name, bias in state.items() if name.endswith(".attn.qkv.bias")]
+    said: dict[str, Any] = {
+        "model_type": "dinov3_vit", "architectures": ["DINOv3ViTModel"], "intermediate_size": config.ffn_hidden,
+        "num_register_tokens": config.num_registers, "use_gated_mlp": config.ffn == "swiglu",
+        "key_bias": any(bool(bias.any()) for bias in keys), "rope_theta": config.rope_base,
+    }  # fmt: skip
+    if config.ffn == "swiglu":
+        said["hidden_act"] = "silu"
+    return state, said, []
+
+
+def _write_clip(model: VisionTransformer) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
+    config = model.config
+    demand(config, "Hugging Face's CLIP", num_registers=0, layerscale=0.0, ffn="mlp")
+    state = dict(model.state_dict())
+    if state.pop("patch_embed.proj.bias").any():
+        raise WeightsError("Hugging Face's CLIP has no place for a bias of the patch embedding")
+    del state["mask_token"]
+    state["cls_token"], state["pos_embed"] = state["cls_token"].flatten(), state["pos_embed"][0]
+    said = {"model_type": "clip_vision_model", "architectures": ["CLIPVisionModel"]}
+    said |= {"intermediate_size": config.ffn_hidden}  # type: ignore[dict-item]
+    return state, said, _resampling_note(config, False)
+
+
+def _resampling_note(config: ModelConfig, antialias: bool) -> list[str]:
+    if (config.pos_antialias, config.pos_offset) == (antialias, 0.0):
+        return []
+    return [
+        f"at other image sizes than {config.image_size} transformers resamples positions with antialias={antialias}, "
+        f"offset=0, this network was used with antialias={config.pos_antialias}, offset={config.pos_offset:g}"
+    ]
