@@ -45,7 +45,9 @@ def plan(recipe: str, words: Sequence[str], most: int = MOST) -> Sweep:
     grid = points(axes)
     if len(grid) > most:
         raise ConfigError(f"a grid of {len(grid)} runs; if that is meant, say --most {len(grid)}")
-    folder, runs = Path(load_launched(recipe, [*rest, *grid[0]]).run_dir), {}
+    first = load_launched(recipe, [*rest, *grid[0]])
+    folder, runs = Path(first.run_dir), {}
+    _refuse_other(folder, [axis.key for axis in axes], first)
     for overrides in grid:
         config = load_launched(recipe, [*rest, *overrides])
         name = name_of(config, axes)
@@ -54,9 +56,7 @@ def plan(recipe: str, words: Sequence[str], most: int = MOST) -> Sweep:
         # Once more: now that it is known where the run lies, what lies there is compared.
         runs[name] = load_launched(recipe, [*rest, *overrides, f"run_dir={folder / name}"])
         runs[name].tracking.name = config.tracking.name or f"{folder.name} {name}"
-    sweep = Sweep(folder, axes, runs)
-    _refuse_other(sweep)
-    return sweep
+    return Sweep(folder, axes, runs)
 
 
 def submit(sweep: Sweep, cluster: Cluster) -> tuple[dict[str, str], dict[str, str]]:
@@ -112,20 +112,19 @@ def axes_of(folder: Path) -> list[str]:
     return list(json.loads((folder / SWEEP).read_text(encoding="utf-8"))["axes"])
 
 
-def _refuse_other(sweep: Sweep) -> None:
-    """Raises ConfigError where the folder belongs to something else."""
-    folder = sweep.folder
+def _refuse_other(folder: Path, keys: list[str], first: LaunchedRun) -> None:
+    """Raises ConfigError where the folder belongs to something else. first: of the runs, of which the axes differ."""
     if read_jobs(folder) or (folder / "config.yaml").exists():
         raise ConfigError(f"{folder} is a run; give another folder to the sweep", key="run_dir")
     if not is_sweep(folder):
         return
-    keys, known = [axis.key for axis in sweep.axes], axes_of(folder)
+    known = axes_of(folder)
     if keys != known:
         raise ConfigError(
             f"{folder} is a sweep over {', '.join(known)}, not over {', '.join(keys)}; give another folder",
             key="run_dir",
         )
-    other = changes(folder / COMMON, sweep.first.run())
+    other = changes(folder / COMMON, first.run())
     listed = [f"{key}={now} (was {was})" for key, (was, now) in other.items() if not is_free(key) and key not in keys]
     if listed:
         raise ConfigError(

@@ -66,6 +66,20 @@ def until(done: Callable[[], object], what: str, seconds: float = 300) -> None:
         time.sleep(0.3)
 
 
+def processes_of(run_dir: Path) -> list[int]:
+    """That train in a run directory on this machine."""
+    words = f"{run_dir}/launch.yaml\0".encode()
+    folders = [path for path in Path("/proc").glob("[0-9]*") if words in _command_line(path)]
+    return sorted(int(path.name) for path in folders)
+
+
+def _command_line(process: Path) -> bytes:
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
 def metrics(run_dir: Path) -> list[dict[str, float]]:
     """Whole lines of metrics.jsonl."""
     path = run_dir / "metrics.jsonl"
