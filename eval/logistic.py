@@ -10,7 +10,6 @@ from torch import Tensor
 
 ROWS = 2**27  # logits held at once: 1 GiB in fp64
 HISTORY = 10  # pairs of steps that L-BFGS remembers
-LINE_SEARCH = 25  # evaluations of one line search; torch's own limit
 
 
 @dataclass
@@ -20,7 +19,6 @@ class Linear:
     weight: Tensor
     bias: Tensor
     iterations: int = 0
-    gradient: float = 0.0  # largest entry at the end, of the mean loss
 
     def logits(self, features: Tensor) -> Tensor:
         """(n, D) -> (n, K)."""
@@ -46,34 +44,50 @@ def fit_logistic(
     """Minimises sum(cross entropy) + |W|^2 / 2C; the bias is free. In the features' precision.
 
     features (n, D), labels int64 (n,) in [0, num_classes). tol: of the largest entry of the gradient of this divided by
-    n. start: a solution for a nearby C, from which fewer iterations are needed; there is only one minimum.
+    n, in coordinates in which the curvature is about 1. start: a solution for a nearby C, from which fewer iterations
+    are needed; there is only one minimum.
     """
-    # Centred features have the same W, for the free bias takes the mean up, and a far rounder objective.
-    mean = features.mean(0)
+    mean, scale = _conditioning(features, C, num_classes)
     theta = features.new_zeros(num_classes, features.shape[1] + 1)
     if start is not None:
         theta[:, :-1], theta[:, -1] = start.weight, start.bias + start.weight @ mean
-    theta.requires_grad_()
+    theta = (theta / scale).requires_grad_()
     optimizer = torch.optim.LBFGS(
-        [theta], lr=1, max_iter=max_iter, max_eval=LINE_SEARCH * max_iter, tolerance_grad=tol, tolerance_change=1e-14,
-        history_size=HISTORY, line_search_fn="strong_wolfe",
-    )  # fmt: skip
+        [theta],
+        max_iter=max_iter,
+        tolerance_grad=tol,
+        tolerance_change=torch.finfo(features.dtype).eps,  # of the loss, which stops changing before the gradient does
+        history_size=HISTORY,
+        line_search_fn="strong_wolfe",
+    )
 
     def closure() -> Tensor:
-        loss, theta.grad = _objective(theta, features, mean, labels, C)
+        loss, gradient = _objective(theta.detach() * scale, features, mean, labels, C)
+        theta.grad = gradient * scale
         return loss
 
     optimizer.step(closure)
     iterations = int(optimizer.state[theta]["n_iter"])
-    weight = theta.detach()[:, :-1].clone()
-    assert theta.grad is not None
-    return Linear(weight, theta.detach()[:, -1] - weight @ mean, iterations, float(theta.grad.abs().max()))
+    solution = theta.detach() * scale
+    return Linear(solution[:, :-1].clone(), solution[:, -1] - solution[:, :-1] @ mean, iterations)
+
+
+def _conditioning(features: Tensor, C: float, num_classes: int) -> tuple[Tensor, Tensor]:
+    """The mean (D,) and a scale (D + 1,) for each feature and the bias, with which the curvature is about 1 everywhere.
+
+    Where the features are centred, W is the same, for the free bias takes the mean up. The curvature along a weight is
+    that of the cross entropy while all classes are as likely, and that of the penalty.
+    """
+    likely = (1 - 1 / num_classes) / num_classes
+    variance, mean = torch.var_mean(features, dim=0, correction=0)
+    curvature = torch.cat([variance * likely + 1 / (C * len(features)), variance.new_tensor([likely])])
+    return mean, curvature.rsqrt()
 
 
 def _objective(theta: Tensor, features: Tensor, mean: Tensor, labels: Tensor, C: float) -> tuple[Tensor, Tensor]:
     """(cross entropy + |W|^2 / 2C) / n and its gradient, in chunks of rows."""
     count, classes = len(labels), len(theta)
-    weight, bias = theta.detach()[:, :-1], theta.detach()[:, -1]
+    weight, bias = theta[:, :-1], theta[:, -1]
     gradient = torch.zeros_like(theta)
     loss = theta.new_zeros(())
     for rows, truth in zip(features.split(step := max(1, ROWS // classes)), labels.split(step), strict=True):
