@@ -66,7 +66,7 @@ class Backbone:
         seen = hashlib.sha256(json.dumps([config, self.normalisation], sort_keys=True).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             seen.update(f"{name} {tuple(tensor.shape)}".encode())
-            seen.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+            seen.update(tensor.detach().float().cpu().contiguous().numpy())
         return seen.hexdigest()[:16]
 
     def grid(self, images: Tensor) -> tuple[int, int]:

@@ -113,6 +113,7 @@ def test_a_run_directory_is_its_newest_teacher(tmp_path: Path) -> None:
         extra = {"step": str(step), NORMALISATION_KEY: "[[0.5, 0.5, 0.5], [0.2, 0.2, 0.2]]"}
         save_backbone(file, backbone(seed=step).model.state_dict(), SMALL, extra)
     ours = open_backbone(run)
+    assert ours.found.endswith(", after 100 steps")
     assert ours.step == 100 and ours.name == "mine" and ours.normalisation == ([0.5, 0.5, 0.5], [0.2, 0.2, 0.2])
     alone = open_backbone(file)
     assert alone.digest == ours.digest and alone.name == "step_00000100.safetensors"

@@ -157,6 +157,7 @@ def test_rotations_turn_by_place_and_keep_lengths() -> None:
 @pytest.mark.parametrize("wrapped", ["whole", "tower", "training"])
 @pytest.mark.parametrize("quick", [False, True])
 def test_equals_openclip(tmp_path: Path, wrapped: str, quick: bool, size: tuple[int, int]) -> None:
+    openclip_tower()  # or skip
     from open_clip.model import resize_pos_embed
     from open_clip.transformer import QuickGELU
 
@@ -174,7 +175,7 @@ def test_equals_openclip(tmp_path: Path, wrapped: str, quick: bool, size: tuple[
         settings = {"model_cfg": {"quick_gelu": True, "vision_cfg": {"width": 192, "head_width": 64}}}
         (tmp_path / "open_clip_config.json").write_text(json.dumps(settings))
     ours = load_backbone(tmp_path)
-    assert ours.found.startswith("OpenCLIP: 2" if quick and not wrapped else "OpenCLIP: 3 blocks of width 192, 3 heads")
+    assert ours.found.startswith("OpenCLIP: 3 blocks of width 192, 3 heads")
     assert ("gelu assumed" in ours.found) != quick and ours.normalisation[0] == CLIP_MEAN  # type: ignore[index]
     if size != (28, 28):  # OpenCLIP resamples when it opens a file
         bigger = openclip_tower(**activation, image_size=size[0], ls_init_value=0.1 if wrapped == "tower" else None)
@@ -187,6 +188,35 @@ def test_equals_openclip(tmp_path: Path, wrapped: str, quick: bool, size: tuple[
         features = ours.forward_features(images(*size))
         close(features.patches, patches)
         close(features.cls @ theirs.proj, pooled)
+
+
+def test_equals_a_whole_openclip_model(tmp_path: Path) -> None:
+    openclip_tower()  # or skip
+    from open_clip.model import CLIP
+
+    vision = {"layers": 2, "width": 96, "head_width": 48, "patch_size": 7, "image_size": 28, "mlp_ratio": 3.0}
+    text = {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 1}
+    theirs = randomise(CLIP(16, vision, text, quick_gelu=True))
+    save_file(theirs.state_dict(), tmp_path / "open_clip_model.safetensors")
+    with pytest.raises(WeightsError, match="width 96 is none of"):
+        load_backbone(tmp_path)
+    settings = {
+        "model_cfg": {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text, "quick_gelu": True},
+        "preprocess_cfg": {"mean": [0.1] * 3, "std": [0.9] * 3},
+    }
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(settings))
+    ours = load_backbone(tmp_path)
+    assert ours.normalisation == ([0.1] * 3, [0.9] * 3) and ours.num_heads == 2 and "assumed" not in ours.found
+    with torch.no_grad():
+        close(ours.forward_features(images()).cls @ theirs.visual.proj, theirs.encode_image(images()))  # type: ignore[operator,union-attr]
+    settings["model_cfg"]["vision_cfg"] = {**vision, "final_ln_after_pool": True}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(settings))
+    with pytest.raises(WeightsError, match="norm follows its pooling"):
+        load_backbone(tmp_path)
+    state = {**theirs.state_dict(), "visual.ln_post.weight": torch.zeros(8)}
+    torch.save(state, tmp_path / "coca.bin")
+    with pytest.raises(WeightsError, match="norm follows its pooling"):
+        load_backbone(tmp_path / "coca.bin")
 
 
 @pytest.mark.filterwarnings("ignore:.*TorchScript", "ignore:.*torch.jit", "ignore:Converting a tensor")
@@ -221,6 +251,7 @@ def test_equals_timm(tmp_path: Path, name: str, options: dict[str, Any], kind: s
     settings = {"architecture": name, "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}, "model_args": options}
     (tmp_path / "config.json").write_text(json.dumps(settings))
     ours = load_backbone(tmp_path)
+    assert ("no bias in attn.qkv" in ours.found) == ("qkv_bias" in options)
     assert ours.found.startswith(kind) and ours.normalisation == ([0.5] * 3, [0.5] * 3)
     for size in ((32, 32), (16, 48)):
         with torch.no_grad():
@@ -309,6 +340,13 @@ def test_chunks_as_in_an_official_teacher_checkpoint(tmp_path: Path) -> None:
 
 def test_broken_backbones_are_refused_in_one_line(tmp_path: Path) -> None:
     state = dict(make(replace(TINY, depth=12)).state_dict())
+    half = {key: t.half() for key, t in state.items()}
+    torch.save(half, tmp_path / "half.pth")
+    assert {p.dtype for p in load_backbone(tmp_path / "half.pth").parameters()} == {torch.float32}
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / ".metadata").touch()
+    with pytest.raises(WeightsError, match="give the run directory"):
+        load_backbone(tmp_path / "checkpoint")
     no_norms = {key: t for key, t in state.items() if "norm1" not in key}
     nan = {**state, "blocks.3.attn.qkv.bias": torch.full((576,), float("nan"))}
     nan["blocks.4.attn.qkv.bias"] = torch.full((576,), float("inf"))
@@ -317,8 +355,6 @@ def test_broken_backbones_are_refused_in_one_line(tmp_path: Path) -> None:
     many = {**state, **{f"strange_{i}": torch.zeros(2) for i in range(9)}}
     short = {**state, "blocks.5.mlp.fc1.weight": torch.zeros(768, 191)}
     resnet = {"visual.conv1.weight": torch.zeros(2, 3, 3, 3), "visual.layer1.0.conv1.weight": torch.zeros(2)}
-    clip = {f"visual.{k}": t for k, t in openclip_tower().state_dict().items()}
-    coca = {**clip, "visual.ln_post.weight": torch.zeros(8)}
     for content, words in (
         (no_norms, r"incomplete: without blocks\.\{0-11\}\.norm1\.bias, blocks\.\{0-11\}\.norm1\.weight"),
         (nan, r"not finite: blocks\.\{3-4\}\.attn\.qkv\.bias"),
@@ -328,7 +364,6 @@ def test_broken_backbones_are_refused_in_one_line(tmp_path: Path) -> None:
         (short, "blocks.5.mlp.fc1.weight is 768 x 191, 768 x 192 was expected"),
         ({**state, "dist_token": torch.zeros(1, 1, 192)}, "distilled DeiT"),
         (resnet, "image tower is a ResNet"),
-        (coca, "norm follows its pooling"),
         ({**state, "rope_embed.periods": torch.ones(4)}, "DINOv3 model with pos_embed"),
         ({"classifier.weight": torch.zeros(2, 2)}, "only heads"),
         ({"features.0.weight": torch.zeros(2, 2)}, "no vision transformer in it"),

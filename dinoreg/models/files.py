@@ -52,6 +52,8 @@ def _open_folder(folder: Path, trust: bool) -> Opened:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     else:
         names = [name for name in FOLDER_FILES if (folder / name).is_file()][:1]
+    if not names and (folder / ".metadata").is_file():
+        raise WeightsError("a checkpoint to go on from: give the run directory, in which teacher/ holds the backbone")
     if not names:
         raise WeightsError(f"a folder without {' or '.join(FOLDER_FILES[:2])}")
     opened = Opened({}, None, _read_configs(folder))

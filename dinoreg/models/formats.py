@@ -102,6 +102,7 @@ def describe(weights: Weights, config: ModelConfig) -> str:
         else f"positions resampled {'with' if config.pos_antialias else 'without'} antialiasing, "
         f"offset {config.pos_offset:g}",
         *weights.notes,
+        f"after {weights.step} steps" if weights.step is not None else "",
     ]
     if left := sorted({key.split(".")[0] for key in weights.unused}):
         parts.append(f"left out: {', '.join(left[:4])}" + (f" and {len(left) - 4} more" if len(left) > 4 else ""))

@@ -31,7 +31,8 @@ def convert(checkpoint: Mapping[str, Any], config: Mapping[str, Any] | None = No
         raise WeightsError(f"no vision transformer in it: no patch_embed.proj.weight among {count} keys ({shown}, …)")
     weights = library.read(found)
     weights.unused = [*found.unused, *weights.unused]
-    _fill_absent_biases(weights.state)
+    if filled := _fill_absent_biases(weights.state):
+        weights.notes.append(f"no bias in {' and '.join(filled)}")
     needed = ["cls_token", "patch_embed.proj.weight"] + ([] if weights.rope_base else ["pos_embed"])
     if registers_of(weights.state) == 0:
         weights.state.pop("register_tokens", None)  # Hugging Face writes an empty tensor
@@ -42,11 +43,17 @@ def convert(checkpoint: Mapping[str, Any], config: Mapping[str, Any] | None = No
     return weights
 
 
-def _fill_absent_biases(state: dict[str, Tensor]) -> None:
-    """Zeros where no block has a bias: the same function. Where only some lack it, it is missing."""
+def _fill_absent_biases(state: dict[str, Tensor]) -> list[str]:
+    """Zeros where no block has a bias, which is the same function, and these layers' names.
+
+    Where only some blocks lack it, it is missing.
+    """
+    filled = []
     for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "mlp.w12", "mlp.w3"):
         weights = [key for key in state if re.fullmatch(rf"blocks\.\d+\.{layer}\.weight", key)]
         biases = [key.removesuffix("weight") + "bias" for key in weights]
-        if not any(bias in state for bias in biases):
+        if weights and not any(bias in state for bias in biases):
+            filled.append(layer)
             for key, bias in zip(weights, biases, strict=True):
                 state[bias] = torch.zeros(len(state[key]))
+    return filled
