@@ -76,13 +76,18 @@ class Fitting:
 
     def __call__(self, function: Callable[[Tensor], R], batch: Tensor) -> list[R]:
         """The results of the pieces. Raises ConfigError where not even one image fits."""
-        while True:
-            try:
-                return [function(piece) for piece in batch.split(self.most)]
-            except RuntimeError as error:
-                if not _is_out_of_memory(error):
-                    raise
-                self._halve(min(self.most, len(batch)))
+        while (results := self._try(function, batch)) is None:
+            self._halve(min(self.most, len(batch)))
+        return results
+
+    def _try(self, function: Callable[[Tensor], R], batch: Tensor) -> list[R] | None:
+        """None for want of memory, and not an exception, which would hold the tensors that are in the way."""
+        try:
+            return [function(piece) for piece in batch.split(self.most)]
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+        return None
 
     def _halve(self, tried: int) -> None:
         if tried == 1:

@@ -56,7 +56,8 @@ class FromFeatures:
     ) -> None:
         rows = rows[stored.good[rows]]
         self._order = Order(len(rows), schedule.seed)
-        self._values = {name: stored.tensor([name], rows).to(context.device) for name in stored.arrays}
+        # In fp16, as they are stored: those of ImageNet then have room on a GPU.
+        self._values = {name: torch.from_numpy(each[rows]).to(context.device) for name, each in stored.arrays.items()}
         self._labels = labels[torch.from_numpy(rows)].to(context.device)
         self.schedule, self.ranks = schedule, context.ranks
 
@@ -64,7 +65,7 @@ class FromFeatures:
         """From step `start` on."""
         for numbers in numbers_of(start, self.schedule.steps, self.schedule.batch, self.ranks):
             places = torch.tensor([self._order.place(number) for number in numbers], device=self.ranks.device)
-            yield {name: values[places] for name, values in self._values.items()}, self._labels[places]
+            yield {name: values[places].float() for name, values in self._values.items()}, self._labels[places]
 
 
 class FromImages:

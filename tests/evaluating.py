@@ -43,13 +43,13 @@ def write_data(folder: Path, train: int = 30, test: int = 10, wrong: int = 0) ->
     return folder
 
 
-def write_weights(path: Path, seed: int = 0) -> Path:
-    """A network of width 64 and 4 blocks for images of 32 pixels, with random weights."""
+def write_weights(path: Path, seed: int = 0, step: int | None = None) -> Path:
+    """A network of width 64 and 4 blocks for images of 32 pixels, with random weights; step: where a run made it."""
     torch.manual_seed(seed)
     config = ModelConfig(embed_dim=64, depth=4, num_heads=2, patch_size=8, image_size=32, layerscale=1.0)
     model = build_vit(config)
     model.init_weights()
-    save_backbone(path, model.state_dict(), config)
+    save_backbone(path, model.state_dict(), config, {} if step is None else {"step": str(step)})
     return path
 
 

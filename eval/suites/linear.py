@@ -176,6 +176,8 @@ def _result(probe: Probe, cfg: LinearConfig, test: Guesses, trials: list[Trial])
     top = test.classes[which][:, cfg.rates.index(best.rate)]
     where = "the test images, as published" if cfg.select == "val" else f"{cfg.heldout:.0%} of the training images"
     notes = [f"learning rate {best.rate:g} on {which}: the best of {len(trials)}, chosen on {where}"]
+    if len(cfg.rates) > 1 and best.rate in (min(cfg.rates), max(cfg.rates)):
+        notes.append(f"{best.rate:g} is at the end of the learning rates tried")
     if not cfg.augment:
         notes.append("trained on central crops, without augmentation")
     if skipped := [count for count in cfg.layers if count > probe.backbone.depth]:

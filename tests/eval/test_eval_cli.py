@@ -1,0 +1,149 @@
+"""`dinoreg-eval` from the command line to results.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from evaluating import write_data, write_weights
+
+from dinoreg.models.vit import ModelConfig, build_vit
+from dinoreg.models.weights import save_backbone
+from eval.cli import main
+from eval.results import commit
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("cli") / "colours", 12, 6)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_weights(tmp_path_factory.mktemp("weights") / "small.safetensors")
+
+
+def run(*words: object) -> int:
+    """The exit status."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(word) for word in words])
+    return int(ended.value.code or 0)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_a_suite_writes_what_it_found_and_how(
+    tmp_path: Path, data: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--weights", weights, "--data", data, "--output", tmp_path / "out", "--cache", tmp_path / "cache")
+    assert run("knn", *words, "k=[1,3]", "main_k=3") == 0
+    found = read(tmp_path / "out")
+    assert found["suite"] == "knn"
+    assert found["weights"] == str(weights)
+    assert len(found["digest"]) == 16
+    assert "4 registers" in found["found"]
+    assert found["step"] is None
+    assert list(found["scores"]) == ["top1", "top1_k1", "top1_k3"]
+    top1 = found["scores"]["top1"]
+    assert 0 <= top1["low"] <= top1["value"] <= top1["high"] <= 100
+    assert (top1["unit"], top1["better"]) == ("%", "higher")
+    assert found["protocol"]["k"] == [1, 3]
+    assert found["protocol"]["preset"] == "published"
+    assert found["data"]["name"] == "colours"
+    assert (found["data"]["train"], found["data"]["test"]) == (48, 24)
+    assert found["commit"] == commit()
+    assert found["versions"]["torch"] == torch.__version__
+    assert not list((tmp_path / "out").glob(".*"))
+    out = capsys.readouterr().out
+    assert str(tmp_path / "out" / "results.json") in out
+    assert "interval" in out
+    assert "4 registers" in out
+
+
+def test_all_runs_every_suite_for_which_data_are_given(
+    tmp_path: Path, data: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--weights", weights, "--data-imagenet", data, "--output", tmp_path / "out", "--cache", tmp_path / "cache")
+    assert run("all", "--preset", "quick", *words, "imagenet-linear.steps=5", "logreg.c_steps=2", "knn.k=[20]") == 0
+    found = {name: read(tmp_path / "out" / name) for name in ("imagenet-linear", "knn", "logreg")}
+    assert found["imagenet-linear"]["protocol"]["steps"] == 5
+    assert len(found["logreg"]["details"]["grid"]) == 2
+    assert all(each["protocol"]["preset"] == "quick" for each in found.values())
+    assert all("quick preset" in each["notes"][0] for each in found.values())
+    # One data set, seen in one way: its features were computed once.
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_results_lie_beside_the_run_that_made_the_weights(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    for step in (5, 40):
+        write_weights(tmp_path / "run" / "teacher" / f"step_{step:08d}.safetensors", seed=step, step=step)
+    (tmp_path / "run" / "config.yaml").write_text("{}")
+    assert run("knn", "--weights", tmp_path / "run", "--data", data) == 0
+    assert read(tmp_path / "run" / "eval" / "knn" / "step_00000040")["step"] == 40
+    first = tmp_path / "run" / "teacher" / "step_00000005.safetensors"
+    assert run("knn", "--weights", first, "--data", data) == 0
+    assert read(tmp_path / "run" / "eval" / "knn" / "step_00000005")["step"] == 5
+    assert (tmp_path / "home" / "dinoreg" / "features").is_dir()
+    elsewhere = write_weights(tmp_path / "mine.safetensors")
+    monkeypatch.chdir(tmp_path)
+    assert run("knn", "--weights", elsewhere, "--data", data) == 0
+    assert read(tmp_path / "results" / "mine" / "knn")["step"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nearest"], "dinoreg-eval: no command 'nearest'"),
+        (["knn", "--weights", "W", "--data", "/no/such"], "dinoreg-eval: --data: no such file or folder: /no/such"),
+        (["knn", "--weights", "/no/such", "--data", "D"], "dinoreg-eval: /no/such: no such file or folder"),
+        (["knn", "--weights", "W", "--data", "D", "kk=3"], "dinoreg-eval: kk: no such option; the nearest is k"),
+        (["all", "--weights", "W"], "dinoreg-eval: no data: give some of --data-imagenet"),
+        (["all", "--weights", "W", "--data-imagenet", "D", "k=3"], "'k=3' begins with the name of no suite that runs"),
+        (["knn", "--weights", "EMPTY", "--data", "D"], "EMPTY"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(
+    tmp_path: Path, data: Path, weights: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    (tmp_path / "EMPTY").write_bytes(b"nothing of the kind")
+    places = {"W": str(weights), "D": str(data), "EMPTY": str(tmp_path / "EMPTY")}
+    assert (
+        run(*[places.get(word, word) for word in words], *["--output", tmp_path / "out"][: 2 * (len(words) > 1)]) == 2
+    )
+    said = capsys.readouterr()
+    told = said.err.strip() or said.out.splitlines()[0]
+    assert message in told
+    assert "\n" not in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_names_the_suites_and_costs_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--help") == 0
+    overview = capsys.readouterr().out
+    assert all(name in overview for name in ("knn", "logreg", "imagenet-linear", "all"))
+    assert run("imagenet-linear", "--help") == 0
+    assert "LinearConfig in eval/suites/linear.py" in capsys.readouterr().out
+
+
+def test_a_random_network_clears_chance_on_real_images(tmp_path: Path, shared_data: Path) -> None:
+    """Caltech's 40 classes: 2.5 % by chance."""
+    torch.manual_seed(0)
+    config = ModelConfig(embed_dim=64, depth=4, num_heads=2, patch_size=8, image_size=56, layerscale=1.0)
+    model = build_vit(config)
+    model.init_weights()
+    save_backbone(tmp_path / "random.safetensors", model.state_dict(), config)
+    words = ("--weights", tmp_path / "random.safetensors", "--data-imagenet", shared_data / "cls_caltech101")
+    places = ("--output", tmp_path / "out", "--cache", tmp_path / "cache")
+    assert run("all", "--preset", "quick", *words, *places, "imagenet-linear.steps=100", "logreg.c_steps=3") == 0
+    for name in ("imagenet-linear", "knn", "logreg"):
+        found = read(tmp_path / "out" / name)
+        assert found["scores"]["top1"]["low"] > 2.5, name
+        assert (found["data"]["train"], found["data"]["test"]) == (960, 480)
