@@ -382,6 +382,10 @@ def test_huggingface_models_of_other_kinds_are_refused(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path)  # type: ignore[operator]
     with pytest.raises(WeightsError, match="its activation is relu"):
         load_backbone(tmp_path)
+    gated = transformers_model("DINOv3ViTModel", use_gated_mlp=True, hidden_act="gelu")
+    gated.save_pretrained(tmp_path / "gated")  # type: ignore[operator]
+    with pytest.raises(WeightsError, match="its activation is gelu"):
+        load_backbone(tmp_path / "gated")
     config = json.loads((tmp_path / "config.json").read_text())
     for kind in ("deit", "siglip_vision_model", "swin"):
         (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": kind}))

@@ -34,7 +34,7 @@ _WRAPPERS = re.compile(
 )
 _PARTS = ("backbone.", "vision_model.", "visual.trunk.", "visual.")  # where a whole model keeps its image network
 _HEADS = re.compile(
-    r"(dino_head|ibot_head|head|head_dist|classifier|fc_norm|attn_pool|pooler|decoder|local_cls_norm)\.|proj$"
+    r"(dino_head|ibot_head|head|head_dist|classifier|fc_norm|attn_pool|pooler|decoder|pre_logits|local_cls_norm)\.|proj$"
 )
 
 

@@ -62,7 +62,7 @@ def read(found: Checkpoint) -> Weights:
     config = {**found.config, **(found.config.get("vision_config") or {})}
     weights = _kind(found, state, config)
     weights.heads = config.get("num_attention_heads")
-    weights.norm_eps = config.get("layer_norm_eps", weights.norm_eps)
+    weights.norm_eps = float(config.get("layer_norm_eps", weights.norm_eps))
     weights.normalisation = _normalisation(config, weights.normalisation)
     _activation(weights, config, gated)
     return weights
@@ -88,12 +88,10 @@ def _kind(found: Checkpoint, state: dict[str, Tensor], config: Mapping[str, Any]
 
 
 def _activation(weights: Weights, config: Mapping[str, Any], gated: bool) -> None:
-    act = config.get("hidden_act", weights.activation)
-    if weights.rope_base and gated:
-        fits = act in ("silu", "swish", weights.activation if "hidden_act" not in config else "silu")
-    else:
-        fits = gated or act in ("gelu", "gelu_python", "quick_gelu")  # Dinov2's gated layers have SiLU whatever it says
-    if not fits:
+    if gated and not weights.rope_base:
+        return  # Dinov2's gated layers have SiLU whatever is written there
+    act = config.get("hidden_act", "silu" if gated else weights.activation)
+    if act not in (("silu", "swish") if gated else ("gelu", "gelu_python", "quick_gelu")):
         raise WeightsError(f"its activation is {act}, which this architecture does not have")
     weights.activation = "quick_gelu" if act == "quick_gelu" else "gelu"
 

@@ -28,9 +28,8 @@ def read(found: Checkpoint) -> Weights:
         state["register_tokens"] = _with_positions(state, registers)
     state = _swiglu(with_class_position(state))
     weights = Weights(state, "timm in OpenCLIP" if "visual.trunk" in found.within else "timm")
-    if (
-        "norm_pre.weight" in state
-    ):  # its CLIP models, whose patch embedding has no bias and whose norms have another eps
+    # Its CLIP models have no bias in the patch embedding and another eps.
+    if "norm_pre.weight" in state:
         weights.norm_eps = 1e-5
         state.setdefault("patch_embed.proj.bias", torch.zeros(len(state["patch_embed.proj.weight"])))
         name = found.config.get("architecture", "")
