@@ -10,6 +10,7 @@ from dinoreg.pages import Html, tag, text
 
 COLOURS = 6  # of the page's style
 LETTER = 6.6  # pixels that a letter takes, roughly
+LABEL = 34  # letters of a bar's label
 
 
 @dataclass(frozen=True)
@@ -77,16 +78,16 @@ def lines(
     return text(plot, _legend([each.name for each in series])) if legend else plot
 
 
-def bars(rows: Sequence[Bar], *, limit: float = 100.0, width: int = 640) -> Html:
-    """Horizontal bars from 0 to `limit`, one below the other."""
-    left = 12 + LETTER * max(len(bar.label[:34]) for bar in rows)
+def bars(rows: Sequence[Bar], *, limit: float = 100.0, width: int = 640, letters: int = 0) -> Html:
+    """Horizontal bars from 0 to `limit`, one below the other. letters: room for labels, where several charts align."""
+    left = 12 + LETTER * min(LABEL, letters or max(len(bar.label) for bar in rows))
     right = 14 + LETTER * max(len(bar.said) for bar in rows)
     length, step = width - left - right, 20
     drawn: list[Html] = []
     for number, bar in enumerate(rows):
         y = number * step
         end = left + length * min(1.0, bar.value / limit)
-        label = bar.label if len(bar.label) <= 34 else bar.label[:33] + "…"
+        label = bar.label if len(bar.label) <= LABEL else bar.label[: LABEL - 1] + "…"
         drawn.append(_label(left - 8, y + 14, label, "end"))
         drawn.append(_rect(left, y + 4, length, 12, "var(--line)", 0.45))
         drawn.append(_rect(left, y + 4, end - left, 12, "var(--accent)", 0.85))

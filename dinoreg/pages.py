@@ -50,8 +50,8 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 figure { margin: .8rem 0; } figure img { max-width: 100%; height: auto; border-radius: 4px; background: #fff; }
 figcaption { color: var(--soft); font-size: .86rem; max-width: 50rem; }
 details { margin: .6rem 0; } summary { cursor: pointer; color: var(--soft); }
-svg { max-width: 100%; height: auto; display: block; } svg text { fill: var(--ink); font-size: 12px; }
-svg text.soft { fill: var(--soft); } svg .grid { stroke: var(--line); }
+svg { max-width: 100%; height: auto; display: block; } td svg { margin-top: .22rem; }
+svg text { fill: var(--ink); font-size: 12px; } svg text.soft { fill: var(--soft); }
 td.heat { text-align: right; padding: .3rem .5rem; border: 2px solid var(--page); white-space: nowrap;
   print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 footer { margin-top: 3rem; padding-top: .8rem; border-top: 1px solid var(--line); color: var(--soft);

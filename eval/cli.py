@@ -23,7 +23,9 @@ usage: dinoreg-eval SUITE --weights FILE_OR_RUN_DIR --data FOLDER [--preset quic
 How good is a backbone? Of dinoreg, DINOv2, timm, Hugging Face, ...: what it is, is found by looking.
 
 {suites}
-  {all:<16} every suite that data are given for, in one go
+  all              every suite that data are given for, in one go
+  report           write the page of a folder of results again
+  compare          lay checkpoints side by side, with published figures
 
   dinoreg-eval SUITE --help explains each, with examples.
 """
@@ -34,11 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in dinoreg.cli
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     commands: dict[str, Callable[[Sequence[str]], int]] = {name: partial(one, suite) for name, suite in SUITES.items()}
-    commands["all"] = every
+    commands |= {"all": every, "report": report, "compare": compare}
     titles = "\n".join(f"  {suite.name:<16} {suite.title}" for suite in SUITES.values())
     words = list(sys.argv[1:] if arguments is None else arguments)
     plain = {name: partial(_in_one_line, command) for name, command in commands.items()}
-    run_command("dinoreg-eval", plain, OVERVIEW.format(suites=titles, all="all"), words)
+    run_command("dinoreg-eval", plain, OVERVIEW.format(suites=titles), words)
 
 
 def one(suite: Suite, words: Sequence[str]) -> int:
@@ -86,6 +88,20 @@ def every(words: Sequence[str]) -> int:
     from eval.running import run_jobs
 
     return run_jobs(asked, _jobs(asked, list(kinds)))
+
+
+def report(words: Sequence[str]) -> int:
+    """`dinoreg-eval report`."""
+    from eval.report.page import main as write
+
+    return write(words)
+
+
+def compare(words: Sequence[str]) -> int:
+    """`dinoreg-eval compare`."""
+    from eval.compare import main as lay_out
+
+    return lay_out(words)
 
 
 def _jobs(asked: Namespace, kinds: Sequence[str]) -> list[Job]:

@@ -27,8 +27,8 @@ OUTCOMES = "outcomes.npz"  # what each image adds to the scores, from which two 
 class Score:
     """A figure, and the interval in which it lies with 95 % by a bootstrap over the images.
 
-    per_image: (n,), whose mean the figure is; or (n, C, 2) of intersections and unions, where it is 100 times the mean
-    over classes of the ratio of their sums, classes without any left out. In the order of the test images.
+    per_image: (n,), whose mean the figure is; or areas (n, 3, C) as of `dense.metrics.areas`, whose mean IoU in percent
+    it is. In the order of the test images.
     """
 
     value: float

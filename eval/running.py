@@ -16,6 +16,7 @@ from dinoreg.config import load
 from dinoreg.data.workers import choose_workers
 from dinoreg.parallel.mesh import setup_ranks
 from eval.backbone import Backbone, open_backbone
+from eval.report.page import write_report
 from eval.results import Result, write_result
 from eval.suite import Context, Place
 from eval.suites import Suite
@@ -42,14 +43,17 @@ def run_jobs(asked: Namespace, jobs: Sequence[Job]) -> int:
         backbone = open_backbone(asked.weights).to(ranks.device)
         if ranks.is_main:
             print(f"{asked.weights}: {backbone.found}", flush=True)
-        results = []
+        results, outputs = [], []
         for job, config, place in zip(jobs, configs, places, strict=True):
             output = output_of(asked, job.suite.name, backbone, alone=len(jobs) == 1)
+            outputs.append(output)
             workers = choose_workers(ranks.local_world)
             context = Context(ranks, place, output, asked.cache or default_cache(), workers)
             results.append(_run(job.suite, config, backbone, context, asked))
         if ranks.is_main:
             show(results)
+            if len(outputs) > 1:
+                print(f"all on one page: {write_report(Path(os.path.commonpath(outputs)))}", flush=True)
     finally:
         ranks.close()
     return 0
@@ -63,7 +67,7 @@ def _run(suite: Suite, config: object, backbone: Backbone, context: Context, ask
     if context.ranks.is_main:
         result.protocol["preset"] = asked.preset
         path = write_result(context.output, result, backbone, asked.weights, time.perf_counter() - start)
-        print(f"{suite.name}: {path}", flush=True)
+        print(f"{suite.name}: {path}, {write_report(context.output)}", flush=True)
     return result
 
 

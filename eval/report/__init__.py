@@ -1,0 +1,1 @@
+"""What people read of results: one page for a checkpoint, one table for several."""
