@@ -146,7 +146,8 @@ def evaluate(words: Sequence[str]) -> int:
     asked = parser.parse_intermixed_args(words)
 
     from launch import say
-    from launch.evaluate import follow, make_suite, plan
+    from launch.evaluate import make_suite, plan
+    from launch.follow import follow
 
     others = [word for word in asked.overrides if word.startswith("launch.")]
     own = [word for word in asked.overrides if word not in others]

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dinoreg.config import ConfigError, load
 from launch import jobs
 from launch.config import LaunchConfig
-from launch.evaluating import Evaluation, publish
+from launch.evaluating import Evaluation
 from launch.evaluations import EVAL, RESULTS, folder_of, step_of
 from launch.logs import why
 from launch.recipe import LaunchedRun
@@ -138,35 +137,6 @@ def submit(plan: Plan, targets: Sequence[Target], code: Snapshot | None = None) 
     tasks = [_task(plan, target, code) for target in wanted]
     name = f"{plan.folder.name}-{plan.suite.name}"
     return dict(zip(wanted, queue(tasks, plan.asked, plan.folder, plan.cluster, code, name), strict=True))
-
-
-def follow(plan: Plan, every: float, say: Callable[[str], None]) -> bool:
-    """Evaluate each teacher as it appears, until the runs have ended; whether all are evaluated. Ends with Ctrl-C too.
-
-    What failed is not submitted a second time here. every: seconds between two looks.
-    """
-    code, tried, told = None, set[Path](), dict[Path, str]()
-    while True:
-        goes_on = any(jobs.in_use(run) for run in plan.runs)  # before looking: what appears later is seen next time
-        targets = plan.targets()
-        fresh = [target for target in targets if target.folder not in tried]
-        if any(not target.evaluated for target in fresh):
-            code = code or take_snapshot(plan.folder)
-            submit(plan, fresh, code)
-        tried |= {target.folder for target in fresh}
-        states = survey(targets)
-        for target in targets:
-            if told.get(target.folder) != states[target]:
-                told[target.folder] = states[target]
-                say(f"{target.run.name} step {target.step}: {states[target]}")
-        if not goes_on and not any(state in WAITING for state in states.values()):
-            for run in plan.runs:
-                publish(run, say)
-            return all(target.evaluated for target in targets)
-        if not targets and goes_on and not told:
-            told[plan.folder] = ""
-            say(f"{plan.folder} has no teacher yet; waiting for the first")
-        time.sleep(every)
 
 
 WAITING = ("waits", "runs")

@@ -67,6 +67,8 @@ def _send(run_dir: Path, say: Callable[[str], None]) -> None:
     free.start()
     try:
         send_evaluations(config.tracking, run_dir, asdict(config), say)
+    except Exception as error:  # whatever it is, the evaluation is done
+        say(f"wandb: {type(error).__name__}: {error}; the next evaluation sends this one too")
     finally:
         free.cancel()
         with suppress(ValueError):  # that is what closing it a second time is

@@ -40,7 +40,8 @@ def say_sweep(sweep: Sweep, submitted: dict[str, str], left: dict[str, str]) -> 
 
 def evaluate(plan: Plan, every: bool, steps: str | None, dry_run: bool) -> int:
     """Submit evaluations of the newest teachers, of all, or of some steps, and say what became of each."""
-    from launch.evaluate import publish, submit, survey
+    from launch.evaluate import submit, survey
+    from launch.evaluating import publish
 
     chosen = plan.targets(_numbers(steps)) if every or steps else plan.newest()
     if not chosen:

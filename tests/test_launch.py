@@ -222,7 +222,7 @@ def test_tasks_of_this_machine_run_stop_and_go_on(images: Path, tmp_path: Path) 
     done = steps(run_dir)
     assert f"stopped by SIGTERM; step {done} is saved" in followed
     until(lambda: "cancelled" in launch("status", run_dir, env=env), "the end")
-    launch("resume", run_dir, "launch.gpus_a_node=0", "train.time_limit=5s", "--cluster", "local", env=env)
+    launch("resume", run_dir, "launch.gpus_a_node=0", "train.time_limit=1s", "--cluster", "local", env=env)
     until(lambda: len(read_jobs(run_dir)[-1].starts) >= 2, "a second start of the second job")
     assert int(launch("status", run_dir, env=env).splitlines()[1].split()[-1]) >= 1  # requeues
     launch("cancel", run_dir, env=env)
