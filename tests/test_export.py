@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -217,6 +218,13 @@ def test_onnxruntime_runs_any_batch_of_any_size(
         got = [each[:, None] if each.ndim == 2 else each for each in got]
         with torch.no_grad():
             close(torch.cat(got, 1), tokens(model.forward_features(batch)))
+
+
+def test_onnx_needs_its_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(WeightsError, match=r"onnxscript is not installed: pip install 'dinoreg\[onnx\]'"):
+        export(make(), "onnx", tmp_path / "out.onnx")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.1])

@@ -110,7 +110,7 @@ def _refusal(message: str) -> str:
         return "no checkpoint"
     return (
         f"would run code when opened: it asks for {wanted.group(1)}; if you trust whoever made it, pass trust=True to "
-        "load_backbone, or set model.init_from_trusted=true for a run"
+        "load_backbone, --trust to dinoreg export, or model.init_from_trusted=true to a run"
     )
 
 
