@@ -11,6 +11,7 @@ from setuptools.command.build_py import build_py
 HERE = Path(__file__).resolve().parent
 
 DEMO = ["scikit-image", "scikit-learn"]  # they bring the photographs
+ONNX = ["onnx", "onnxscript"]
 
 
 class BuildWithRecipes(build_py):
@@ -57,6 +58,11 @@ setup(
     extras_require={
         "cuda": ["xformers>=0.0.35"],
         "demo": DEMO,
-        "test": [*DEMO, "pytest", "pytest-xdist", "ruff", "mypy", "transformers", "timm"],
+        "onnx": ONNX,
+        "test": [
+            *(*DEMO, *ONNX, "onnxruntime"),
+            *("pytest", "pytest-xdist", "ruff", "mypy"),
+            *("transformers", "timm", "open-clip-torch"),
+        ],
     },
 )

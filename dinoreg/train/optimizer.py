@@ -55,15 +55,15 @@ class ParameterRule:
 def parameter_rule(name: str, depth: int, cfg: OptimConfig) -> ParameterRule:
     """The rule for a parameter called `backbone.blocks.3.attn.qkv.weight`, `dino_head.last_layer.weight_g`, ...
 
-    Layer-wise decay as in BEiT: tokens, positions and the patch embedding count as layer 0, block i as layer i + 1, the
-    final norm and the heads as the last.
+    Layer-wise decay as in BEiT: tokens, positions, the patch embedding and a norm before the blocks count as layer 0,
+    block i as layer i + 1, the final norm and the heads as the last.
     """
     lr = 1.0
     if name.startswith("backbone."):
         block = re.match(r"backbone\.blocks\.(\d+)\.", name)
         if block:
             lr = cfg.layer_decay ** (depth - int(block.group(1)))
-        elif "patch_embed" in name or name.endswith(_TOKENS):
+        elif "patch_embed" in name or "norm_pre" in name or name.endswith(_TOKENS):
             lr = cfg.layer_decay ** (depth + 1)
         if "patch_embed" in name:
             lr *= cfg.patch_embed_lr
