@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dinoreg.config import ConfigError
+from dinoreg.data.images import DataError
 from dinoreg.data.workers import fit_shared_memory, start_worker, worker_context
 from eval.backbone import Backbone
 from eval.suite import Context
@@ -51,12 +52,15 @@ def normalise(pixels: Tensor, backbone: Backbone) -> Tensor:
     return (pixels.float() / 255 - mean) / std
 
 
-def load(dataset: Dataset[S], batches: Sequence[Sequence[int]], context: Context, image_bytes: int) -> Iterable[Any]:
-    """The batches of places in a dataset, collated; by worker processes where there is enough to do."""
+def load(dataset: Dataset[S], batches: Sequence[Sequence[int]], context: Context, image_bytes: int) -> Iterator[Any]:
+    """The batches of places in a dataset, collated; by worker processes where there is enough to do.
+
+    Raises DataError where a worker dies.
+    """
     workers = context.workers if sum(map(len, batches)) >= WORTH_WORKERS else 0
     size = max(map(len, batches), default=0) * image_bytes
     workers = fit_shared_memory(workers, False, size, PREFETCH, context.ranks.local_world)
-    return DataLoader(
+    loader = DataLoader(
         dataset,
         batch_sampler=batches,  # type: ignore[arg-type]  # any sequence of sequences will do
         num_workers=workers,
@@ -66,6 +70,14 @@ def load(dataset: Dataset[S], batches: Sequence[Sequence[int]], context: Context
         generator=torch.Generator(),  # or it would take a number from the global one
         pin_memory=context.device.type == "cuda",
     )
+    try:
+        yield from loader
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            "a process that decodes images died, most often for want of memory; the same command goes on where it was"
+        ) from error
 
 
 class Fitting:

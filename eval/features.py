@@ -160,11 +160,14 @@ def _reserve(path: Path, size: int) -> None:
 
 
 def _write_at(path: Path, data: bytes, offset: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        file.write(data)
-        file.flush()
-        os.fdatasync(file.fileno())
+    try:
+        with path.open("r+b", buffering=0) as file:
+            file.seek(offset)
+            while data:
+                data = data[file.write(data) :]
+            os.fdatasync(file.fileno())
+    except OSError as error:  # which names no file when a disk is full
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 class _Extractor:
@@ -184,7 +187,7 @@ class _Extractor:
             for chunk in mine
             for start in range(0, len(store.rows(chunk)), self.batch)
         ]
-        loaded = iter(load(Viewed(self.part, self.view), batches, self.context, 3 * self.view.size**2))
+        loaded = load(Viewed(self.part, self.view), batches, self.context, 3 * self.view.size**2)
         with self.context.progress(what, store.count, store.count - todo) as advance:
             for chunk in mine:
                 parts: list[dict[str, Tensor]] = []

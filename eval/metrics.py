@@ -24,8 +24,8 @@ def bootstrap(
 ) -> tuple[float, float]:
     """The percentile interval of a figure that is made of sums over images, were they drawn anew with replacement.
 
-    per_image: (n, ...), what each image adds to the sums, its own one included where the figure is a mean (a column of
-    ones, or of pixels). statistic: sums (R, ...) in fp64 -> figures (R,). Always the same for the same input.
+    per_image: (n, ...), what each image adds to the sums; for a mean, a column of ones is among it. statistic: sums
+    (R, ...) in fp64 -> figures (R,). Always the same for the same input.
     """
     count = len(per_image)
     generator = torch.Generator().manual_seed(seed)

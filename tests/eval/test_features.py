@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import os
 import signal
 from pathlib import Path
 
@@ -13,10 +14,12 @@ import torch
 from evaluating import Counting, surroundings, write_classes, write_data, write_weights
 from PIL import Image
 from rich.console import Console
+from torch.utils.data import Dataset
 
 import eval.features
 from dinoreg.config import ConfigError
-from eval.compute import Fitting
+from dinoreg.data.images import DataError
+from eval.compute import Fitting, load
 from eval.features import Features, extract
 from eval.forward import PATCH_MEAN, cls_of
 from eval.images import Images, Part, View
@@ -121,6 +124,23 @@ def test_a_damaged_image_is_left_out_and_too_many_are_an_error(tmp_path: Path, w
     assert found.tensor([cls_of(1)]).shape == (19, 64)
     with pytest.raises(ConfigError, match=r"1 of 20 images cannot be read.*class1/002.png \(not-an-image\)"):
         features(tmp_path, folder, Counting(weights), max_bad_share=0.01)
+
+
+def test_a_full_disk_is_told_with_the_file() -> None:
+    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
+        eval.features._write_at(Path("/dev/full"), b"features", 0)
+
+
+class Deadly(Dataset[int]):
+    def __getitem__(self, place: int) -> int:
+        return place if place < 1990 else os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[return-value]
+
+
+def test_a_decoding_process_that_dies_is_told_in_one_line(tmp_path: Path) -> None:
+    context = surroundings(tmp_path, write_data(tmp_path / "data", 1, 1))
+    context.workers = 1
+    with pytest.raises(DataError, match="a process that decodes images died"):
+        list(load(Deadly(), [range(start, start + 500) for start in range(0, 2000, 500)], context, 8))
 
 
 def test_features_that_are_not_finite_are_an_error_that_names_the_image(
