@@ -131,7 +131,8 @@ def test_while_a_training_has_the_directory_it_alone_talks_to_wandb(run_dir: Pat
     assert not jobs.in_use(run_dir)
     publish(run_dir, said.append)
     (file,) = run_dir.glob("wandb/offline-run-*/*.wandb")
-    assert sent_to_wandb(file, "eval/knn/top1") == {100: 50.0} and len(said) == 1
+    assert sent_to_wandb(file, "eval/knn/top1") == {100: 50.0}, said
+    assert len(said) == 1
     assert not jobs.in_use(run_dir)
     publish(run_dir, said.append)
     assert len(said) == 1
