@@ -33,16 +33,13 @@ def in_use(run_dir: Path) -> bool:
     """Whether a run goes on: its job waits or runs, or somebody else trains in its directory."""
     if active_job(run_dir) is not None:
         return True
-    path = run_dir / "lock"
-    if not path.exists():
-        return False
-    with path.open("r+") as lock:
-        try:
+    try:
+        with (run_dir / "lock").open("r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            pass  # a file system without locks, where nobody knows
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass  # nothing has trained there, or nobody can know
     return False
 
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -149,6 +150,8 @@ class Queue:
                 _note_end(element)
             else:
                 self.running[slot] = element
+        except OSError as error:  # somebody removed its directory, say: that is no reason to end the others
+            print(f"job {element.job}: {error}", flush=True)
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
@@ -174,7 +177,7 @@ def _log(plan: Plan, element: Element) -> TextIO:
 
 
 def _note_end(element: Element) -> None:
-    with editing(Path(element.task.run_dir), element.job) as job:
+    with suppress(FileNotFoundError), editing(Path(element.task.run_dir), element.job) as job:
         job.ended = now()
 
 
