@@ -48,6 +48,10 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
   border-radius: 0 6px 6px 0; } .note p, .note ul { margin: .15rem 0; }
 .side { display: flex; flex-wrap: wrap; gap: 1rem 2.5rem; align-items: flex-start; }
 figure { margin: .8rem 0; } figure img { max-width: 100%; height: auto; border-radius: 4px; background: #fff; }
+.pictures { display: grid; gap: .5rem; margin: .9rem 0; } .pictures img { width: 100%; } .pictures figure { margin: 0; }
+.swatch { display: inline-block; width: .85em; height: .85em; border-radius: 2px; margin-right: .35em;
+  vertical-align: -.08em; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+.legend span.item { margin-right: 1rem; white-space: nowrap; }
 figcaption { color: var(--soft); font-size: .86rem; max-width: 50rem; }
 details { margin: .6rem 0; } summary { cursor: pointer; color: var(--soft); }
 svg { max-width: 100%; height: auto; display: block; } td svg { margin-top: .22rem; }
@@ -132,20 +136,25 @@ def _cell(kind: str, content: object, number: bool) -> Html:
     return tag(kind, content, class_="number" if number else "")
 
 
-def picture(path: Path, caption: object = "") -> Html:
-    """An image file inside the page, made smaller where it is larger than a page shows."""
-    kind, content = _fitted(path)
+def image(path: Path, alt: str = "", photo: bool = False) -> Html:
+    """An image file inside the page, made smaller where it is larger than a page shows. photo: may lose a little."""
+    kind, content = _fitted(path, photo)
     source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-    image = Html(f'<img src="{source}" alt="{html.escape(str(caption) or path.stem)}">')
-    return tag("figure", image, tag("figcaption", caption) if caption else "")
+    return Html(f'<img src="{source}" alt="{html.escape(alt or path.stem)}">')
 
 
-def _fitted(path: Path) -> tuple[str, bytes]:
+def figure(content: Html, caption: object = "") -> Html:
+    """Something to look at, and what it is."""
+    return tag("figure", content, tag("figcaption", caption) if caption else "")
+
+
+def _fitted(path: Path, photo: bool) -> tuple[str, bytes]:
     """The format and the bytes of an image file as they are embedded."""
     content = path.read_bytes()
     with Image.open(io.BytesIO(content)) as image:
         kind = (image.format or "").lower()
-        if image.width <= WIDEST and len(content) <= HEAVIEST and kind in ("png", "jpeg"):
+        fits = image.width <= WIDEST and len(content) <= HEAVIEST
+        if fits and (kind == "jpeg" or (kind == "png" and not photo)):
             return kind, content
         shown = image.convert("RGB")
     shown.thumbnail((WIDEST, 4 * WIDEST))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dinoreg.pages import Html, bullets, facts, folded, note, page, row, table, tag, text
 from eval.report import parts
+from eval.report.pictures import pictures
 from eval.report.read import Evaluation, by_checkpoint, find_evaluations, name_of
 from eval.report.wording import about, differences, notes, protocol, standard_of
 from eval.results import write_atomically
@@ -97,12 +98,13 @@ def _careful(group: Sequence[Evaluation]) -> Html:
 def _summary(group: Sequence[Evaluation]) -> Html:
     rows = []
     for number, each in enumerate(group):
-        name, score = each.main
-        value, between = score.texts()
-        link = tag("a", each.suite, href=f"#suite-{number}")
-        on = f"{each.images:,} of {each.data['name']}"
-        rows.append(row([link, name, tag("strong", value), between, on, parts.interval(score)], numbers=(2, 3)))
-    axis = parts.axis_of(each.main[1] for each in group)
+        for name, score in each.headlines.items():
+            value, between = score.texts()
+            link = tag("a", each.suite, href=f"#suite-{number}")
+            on = f"{each.images:,} of {each.data['name']}"
+            cells = (link, name, tag("strong", value), between, on, parts.interval(score))
+            rows.append(row(cells, numbers=(2, 3)))
+    axis = parts.axis_of(score for each in group for score in each.headlines.values())
     return table(("suite", "score", "value", "95 % interval", "test images", axis), rows, numbers=(2, 3))
 
 
@@ -121,7 +123,7 @@ def _section(evaluation: Evaluation, number: int) -> Html:
         else tag("p", "Nothing differs from the published protocol."),
         parts.tried(evaluation),
         parts.classes(evaluation),
-        parts.pictures(evaluation),
+        pictures(evaluation),
         _data(evaluation),
         folded("every option of the protocol", tag("pre", json.dumps(evaluation.protocol, indent=2))),
     )

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from dinoreg.charts import Bar, Dot, Series, bars, heat, lines, whisker
-from dinoreg.pages import Html, folded, picture, row, table, tag, text
+from dinoreg.pages import Html, folded, row, table, tag, text
 from eval.report.read import Evaluation
 from eval.report.wording import about_score
 from eval.results import Score
@@ -17,16 +16,15 @@ from eval.results import Score
 ALL_CLASSES = 24  # up to so many are shown, else the best and the worst
 ENDS = 12
 Z = 1.96  # 95 % of a normal distribution
-PICTURES = (".png", ".jpg", ".jpeg")
 
 
 def scores_table(evaluation: Evaluation) -> Html:
     """Each score with its meaning, its interval and the number of images."""
     rows = []
-    for number, (name, score) in enumerate(evaluation.scores.items()):
+    for name, score in evaluation.scores.items():
         value, between = score.texts()
         cells = (name, about_score(name), value, between, f"{evaluation.images:,}", interval(score))
-        rows.append(row(cells, numbers=(2, 3, 4), class_="" if number else "main"))
+        rows.append(row(cells, numbers=(2, 3, 4), class_="main" if name in evaluation.headlines else ""))
     head = ("score", "what it is", "value", "95 % interval", "test images", axis_of(evaluation.scores.values()))
     return table(head, rows, numbers=(2, 3, 4))
 
@@ -38,9 +36,7 @@ def axis_of(scores: Iterable[Score]) -> str:
 
 def interval(score: Score) -> Html:
     """Percent from 0 to 100; other figures from 0 on."""
-    return whisker(
-        score.value, score.low, score.high, (0, 100) if score.unit == "%" else (0, max(1.0, score.high * 1.2))
-    )
+    return whisker(score.value, score.low, score.high, (0, 100) if score.unit == "%" else (0, max(1.0, score.high)))
 
 
 def tried(evaluation: Evaluation) -> Html:
@@ -157,30 +153,3 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     centre = share + Z**2 / (2 * count)
     spread = Z * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
     return tuple(100 * (centre + sign * spread) / (1 + Z**2 / count) for sign in (-1, 1))  # type: ignore[return-value]
-
-
-def pictures(evaluation: Evaluation) -> Html:
-    """What the suite drew: predictions beside the truth."""
-    shown = []
-    for name, caption in picture_files(evaluation.content):
-        path = evaluation.path.parent / name
-        shown.append(
-            picture(path, caption) if path.is_file() else tag("p", f"{name} is no longer there", class_="soft")
-        )
-    return text(tag("h3", "Predictions beside the truth"), *shown) if shown else Html()
-
-
-def picture_files(content: dict[str, Any]) -> list[tuple[str, str]]:
-    """(file, caption) of the pictures that a result lists: by themselves, or among its files."""
-    listed = content.get("pictures") or content.get("details", {}).get("pictures") or []
-    found = [
-        (str(each["file"]), str(each.get("caption", ""))) if isinstance(each, dict) else (str(each), "")
-        for each in listed
-    ]
-    named = {name for name, _ in found}
-    others = content.get("files", {})
-    return found + [
-        (str(file), name.replace("_", " "))
-        for name, file in others.items()
-        if Path(str(file)).suffix.lower() in PICTURES and str(file) not in named
-    ]

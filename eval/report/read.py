@@ -75,6 +75,13 @@ class Evaluation:
         """The name and the value of the score that counts."""
         return next(iter(self.scores.items()))
 
+    @property
+    def headlines(self) -> dict[str, Score]:
+        """The score that counts; for depths once for each number of blocks, whose names end with _lin."""
+        family = self.main[0].partition("_lin")[0]
+        same = {name: score for name, score in self.scores.items() if name.partition("_lin")[0] == family}
+        return same if "_lin" in self.main[0] else dict([self.main])
+
     @cached_property
     def outcomes(self) -> dict[str, NDArray[np.float32]]:
         """By score, what each image adds to it; empty where that was not kept."""

@@ -39,7 +39,17 @@ SCORES: list[tuple[str, str]] = [
 # Values of a protocol that the published figures used where our defaults, on purpose, are others.
 PUBLISHED: dict[str, dict[str, Any]] = {"imagenet-linear": {"select": "val"}}
 # Options that change how fast a figure is there, or follow from the network, and not what it means.
-CIRCUMSTANCES = {"batch", "precision", "save_every", "max_bad_share", "image_size", "view", "preset", "workers", "seed"}
+CIRCUMSTANCES = {
+    "batch",
+    "precision",
+    "save_every",
+    "max_bad_share",
+    "image_size",
+    "view",
+    "preset",
+    "seed",
+    "pictures",
+}
 # Of the standard data: training images, test images, and what they are called.
 STANDARD = {
     "imagenet": (1_281_167, 50_000, "ImageNet-1k"),
@@ -77,8 +87,10 @@ def standard_of(evaluation: Evaluation) -> str | None:
     kind = SUITES[evaluation.suite].data if evaluation.suite in SUITES else ""
     train, test, name = STANDARD.get(kind, (0, 0, ""))
     # Which images they are nobody can know from here; so many of each part are hardly those of another set.
-    matches = (evaluation.data.get("train"), evaluation.data.get("test")) == (train, test)
-    return name if train and matches else None
+    found = evaluation.data.get("train"), evaluation.data.get("test")
+    if "official" in evaluation.data:  # the suite looked at what they are; several training sets are in use
+        return name if evaluation.data["official"] and found[1] == test else None
+    return name if train and found == (train, test) else None
 
 
 def changed(evaluation: Evaluation) -> dict[str, tuple[Any, Any]]:
@@ -182,8 +194,28 @@ def _logreg(options: dict[str, Any], evaluation: Evaluation) -> list[str]:
     ]
 
 
+def _dense(options: dict[str, Any], evaluation: Evaluation) -> list[str]:
+    """For suites on whole images, whose protocols hold sentences of their own."""
+    said = [
+        f"Trained for {options['steps']:,} steps of {options['batch_size']:,} images by AdamW (learning rate "
+        f"{options['rate']:g}, weight decay {options['weight_decay']:g}); the network itself is frozen. Nothing is "
+        "chosen on the test images.",
+    ]
+    names = {
+        "resized": "Images resized", "features": "Features", "tested": "Tested on", "compared": "Compared over",
+        "miou": "Mean IoU", "loss": "Loss",
+    }  # fmt: skip
+    for key, name in names.items():
+        if key in options:
+            said.append(f"{name}{':' * (key in ('features', 'loss', 'miou', 'resized'))} {options[key]}.")
+    return said
+
+
 _PROTOCOLS: dict[str, Callable[[dict[str, Any], Evaluation], list[str]]] = {
     "knn": _knn,
     "imagenet-linear": _linear,
     "logreg": _logreg,
+    "ade20k-linear": _dense,
+    "ade20k-ms": _dense,
+    "nyud-linear": _dense,
 }
