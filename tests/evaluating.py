@@ -88,10 +88,11 @@ class Planted(Backbone):
         return [self._told(colour, index % self.depth) for index in which]
 
     def _told(self, colour: Tensor, block: int) -> Tokens:
-        noise = torch.Generator().manual_seed(block)
-        cls = torch.randn(colour.shape, generator=noise) if self.where != f"cls-{self.depth - block}" else colour
+        generator = torch.Generator().manual_seed(block)
         shape = len(colour), 16, self.embed_dim
-        patches = colour[:, None].expand(shape) if self.where == "patches" else torch.randn(shape, generator=noise)
+        noise = 0.2 * torch.randn(shape, generator=generator)
+        cls = colour if self.where == f"cls-{self.depth - block}" else noise[:, 0]
+        patches = colour[:, None].expand(shape) if self.where == "patches" else noise
         return Tokens(cls, patches[:, :0], patches, (4, 4))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 from distributed import run_ranks
 from evaluating import Counting, run_suite, surroundings, write_data, write_weights
 
@@ -32,7 +33,8 @@ def scores(ranks: Ranks, folder: Path, data: Path, weights: Path) -> tuple[dict[
     return found, passed
 
 
-def test_two_processes_share_the_work_and_find_the_same(tmp_path: Path) -> None:
+def test_two_processes_share_the_work_and_find_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eval.features.CHUNK", 16)  # as the processes set it for themselves
     data, weights = write_data(tmp_path / "data", 16, 8, wrong=2), write_weights(tmp_path / "small.safetensors")
     (first, one), (second, other) = run_ranks(scores, 2, tmp_path / "together", data, weights)
     alone, all_of_it = scores(Ranks.alone(), tmp_path / "alone", data, weights)
