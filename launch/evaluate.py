@@ -12,7 +12,7 @@ from dinoreg.config import ConfigError, load
 from launch import jobs
 from launch.config import LaunchConfig
 from launch.evaluating import Evaluation
-from launch.evaluations import EVAL, RESULTS, folder_of, step_of
+from launch.evaluations import EVAL, RESULTS, Score, folder_of, step_of
 from launch.logs import why
 from launch.recipe import LaunchedRun
 from launch.record import Job
@@ -161,9 +161,9 @@ def _word(target: Target, job: Job | None, state: JobState | None) -> str:
 
 
 def _main_score(target: Target) -> str:
-    scores = json.loads((target.folder / RESULTS).read_text(encoding="utf-8"))["scores"]
-    name, score = next(iter(scores.items()))
-    return f"{name} {score['value']:.4g} {score.get('unit', '')}".strip()
+    said = json.loads((target.folder / RESULTS).read_text(encoding="utf-8"))["scores"]
+    name, score = next(iter(said.items()))
+    return f"{name} {Score('', name, target.step, score['value'], unit=score.get('unit', ''))}"
 
 
 def _task(plan: Plan, target: Target, code: Snapshot) -> Evaluation:

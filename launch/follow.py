@@ -45,7 +45,7 @@ class Following:
                 self.say(f"{target.run.name} step {target.step}: {state}")
         if goes_on and not self.told:
             self.told[self.plan.folder] = ""
-            self.say(f"{self.plan.folder} has no teacher yet; waiting for the first")
+            self.say(f"{self.plan.folder.name} has no teacher yet; waiting for the first")
         return goes_on or any(state in WAITING for state in states.values())
 
     def _submit(self, fresh: list[Target]) -> None:

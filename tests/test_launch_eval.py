@@ -162,7 +162,7 @@ def test_results_made_in_different_ways_are_kept_apart(run_dir: Path, labelled: 
     suite = make_suite("knn", None, [str(labelled)], "published", [])
     (folder / "asked.json").write_text(suite.to_json())
     words, env = ["--run", run_dir, "--data", labelled, "--all", "--cluster", "local"], outside()
-    assert launch("eval", "knn", *words, env=env).count("evaluated, top1 50 %, left as it is") == 2
+    assert launch("eval", "knn", *words, env=env).count("evaluated, top1 50.0%, left as it is") == 2
     said = launch("eval", "knn", *words, "temperature=0.1", env=env, fails=True)
     assert "was made with other options (--data " in said and "as in --name knn-2" in said
 
