@@ -35,18 +35,19 @@ a { color: var(--accent); } code, pre { font: .86em ui-monospace, SFMono-Regular
 code { overflow-wrap: anywhere; } pre { background: var(--panel); padding: .7rem .9rem; border-radius: 6px;
   white-space: pre-wrap; overflow-wrap: anywhere; }
 .soft { color: var(--soft); } .small { font-size: .86rem; } .good { color: var(--good); } .bad { color: var(--bad); }
-.wide { overflow-x: auto; }
+body.wide { max-width: 84rem; } div.wide { overflow-x: auto; }
 table { border-collapse: collapse; margin: .7rem 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .32rem .8rem .32rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 th:not(:first-child), td:not(:first-child) { padding-left: .4rem; }
 thead th { font-size: .84rem; font-weight: 600; color: var(--soft); vertical-align: bottom; }
-td.number, th.number { text-align: right; white-space: nowrap; } tr.main td { font-weight: 600; }
+td.number, th.number { text-align: right; } td.number { white-space: nowrap; }
+tr.main td.number, tr.main td:first-child { font-weight: 600; }
 tr.group td { padding-top: .9rem; font-size: .84rem; color: var(--soft); }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; margin: .8rem 0; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 .note { background: var(--warn); border-left: 4px solid var(--warn-line); padding: .5rem .9rem; margin: .8rem 0;
   border-radius: 0 6px 6px 0; } .note p, .note ul { margin: .15rem 0; }
-.side { display: flex; flex-wrap: wrap; gap: 1rem 2.5rem; align-items: flex-start; }
+.side { display: flex; flex-wrap: wrap; gap: 1rem 2rem; align-items: flex-start; }
 figure { margin: .8rem 0; } figure img { max-width: 100%; height: auto; border-radius: 4px; background: #fff; }
 .pictures { display: grid; gap: .5rem; margin: .9rem 0; } .pictures img { width: 100%; } .pictures figure { margin: 0; }
 .swatch { display: inline-block; width: .85em; height: .85em; border-radius: 2px; margin-right: .35em;
@@ -54,7 +55,7 @@ figure { margin: .8rem 0; } figure img { max-width: 100%; height: auto; border-r
 .legend span.item { margin-right: 1rem; white-space: nowrap; }
 figcaption { color: var(--soft); font-size: .86rem; max-width: 50rem; }
 details { margin: .6rem 0; } summary { cursor: pointer; color: var(--soft); }
-svg { max-width: 100%; height: auto; display: block; } td svg { margin-top: .22rem; }
+svg { max-width: 100%; height: auto; display: block; } td svg { margin-top: .22rem; max-width: none; }
 svg text { fill: var(--ink); font-size: 12px; } svg text.soft { fill: var(--soft); }
 td.heat { text-align: right; padding: .3rem .5rem; border: 2px solid var(--page); white-space: nowrap;
   print-color-adjust: exact; -webkit-print-color-adjust: exact; }
@@ -62,8 +63,8 @@ footer { margin-top: 3rem; padding-top: .8rem; border-top: 1px solid var(--line)
   font-size: .86rem; }
 @media print { :root { --ink: #000; --soft: #444; --line: #bbb; --page: #fff; --panel: #f5f5f5; --accent: #1d4f91;
   --good: #1a7f37; --bad: #b42318; --warn: #fff; --c0: #2864b4; --c1: #d1495b; --c2: #228833; --c3: #b8860b;
-  --c4: #8e44ad; --c5: #128c9c; } body { max-width: none; padding: 0; font-size: 10.5pt; }
-  h2, h3 { break-after: avoid; } figure, tr, svg, .note { break-inside: avoid; } .wide { overflow: visible; } }
+  --c4: #8e44ad; --c5: #128c9c; } body, body.wide { max-width: none; padding: 0; font-size: 10.5pt; }
+  h2, h3 { break-after: avoid; } figure, tr, svg, .note { break-inside: avoid; } div.wide { overflow: visible; } }
 """
 
 
@@ -86,13 +87,13 @@ def tag(name: str, *content: object, **attributes: str) -> Html:
     return Html(f"<{name}{said}>{text(*content)}</{name}>")
 
 
-def page(title: str, *content: object) -> str:
-    """A whole document."""
+def page(title: str, *content: object, wide: bool = False) -> str:
+    """A whole document. wide: for large tables."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f"{text(*content)}\n</body>\n</html>\n"
+        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"{tag('body', *content, class_='wide' if wide else '')}\n</html>\n"
     )
 
 

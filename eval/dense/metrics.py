@@ -55,7 +55,8 @@ def mask_scores(per_image: Tensor) -> dict[str, Score]:
     found = {}
     for name, figure in figures.items():
         low, high = bootstrap(per_image, figure)
-        found[name] = Score(100 * float(figure(per_image.sum(0))), 100 * low, 100 * high, "%")
+        kept = per_image.to(torch.int32) if name == "miou" else None
+        found[name] = Score(100 * float(figure(per_image.sum(0))), 100 * low, 100 * high, "%", per_image=kept)
     return found
 
 

@@ -31,12 +31,12 @@ def scores_table(evaluation: Evaluation) -> Html:
 
 def axis_of(scores: Iterable[Score]) -> str:
     """The heading over their pictures."""
-    return "0 to 100 %" if all(score.unit == "%" for score in scores) else ""
+    return "0 to 100 %" if any(score.unit == "%" for score in scores) else ""
 
 
 def interval(score: Score) -> Html:
-    """Percent from 0 to 100; other figures from 0 on."""
-    return whisker(score.value, score.low, score.high, (0, 100) if score.unit == "%" else (0, max(1.0, score.high)))
+    """Percent from 0 to 100; other figures have no common axis."""
+    return whisker(score.value, score.low, score.high, (0, 100)) if score.unit == "%" else Html()
 
 
 def tried(evaluation: Evaluation) -> Html:

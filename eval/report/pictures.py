@@ -12,7 +12,7 @@ from eval.report.read import Evaluation
 
 SHOWN = 8  # images
 LEGEND = 24  # classes
-PHOTO = "image"
+NAME, PHOTO = "name", "image"
 
 
 def pictures(evaluation: Evaluation) -> Html:
@@ -28,10 +28,10 @@ def pictures(evaluation: Evaluation) -> Html:
 
 def _row(folder: Path, entry: dict[str, Any]) -> Html:
     """The photo, the truth, the prediction(s)."""
-    parts = {name: folder / file for name, file in entry.items() if str(file).endswith((".png", ".jpg"))}
+    parts = {name: folder / file for name, file in entry.items() if name != NAME and isinstance(file, str)}
     shown = [
         figure(
-            image(path, f"{entry.get('name', '')}: {name}", photo=name == PHOTO or "low_m" in entry),
+            image(path, f"{entry.get(NAME, '')}: {name}", photo=name == PHOTO or "low_m" in entry),
             _caption(name, entry),
         )
         if path.is_file()
@@ -44,7 +44,7 @@ def _row(folder: Path, entry: dict[str, Any]) -> Html:
 
 def _caption(part: str, entry: dict[str, Any]) -> str:
     if part == PHOTO:
-        return str(entry.get("name", ""))
+        return str(entry.get(NAME, ""))
     known = {"prediction": "predicted", "prediction_lin1": "predicted from 1 block"}
     return known.get(part, part.replace("prediction_lin", "predicted from ") + " blocks" * ("_lin" in part))
 

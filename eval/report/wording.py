@@ -67,7 +67,8 @@ def about_score(name: str) -> str:
     """What a score is."""
     for pattern, said in SCORES:
         if found := re.match(pattern + r"(?![a-z0-9])", name.lower()):
-            return said.format(*found.groups())
+            blocks = name.partition("_lin")[2]
+            return said.format(*found.groups()) + (f" (from {blocks} block{'s' * (blocks != '1')})" if blocks else "")
     return ""
 
 
@@ -102,6 +103,7 @@ def changed(evaluation: Evaluation) -> dict[str, tuple[Any, Any]]:
         key: (evaluation.protocol[key], published)
         for key, published in defaults.items()
         if key not in CIRCUMSTANCES and key in evaluation.protocol and not _same(evaluation.protocol[key], published)
+        if not key.startswith("max_") or evaluation.data.get(key[4:]) == evaluation.protocol[key]  # else all are used
     }
 
 
@@ -124,10 +126,8 @@ def differences(evaluation: Evaluation) -> list[str]:
         if key == "select":
             said.append("The choice: published figures are of the setting that is best on the test images themselves.")
         elif key in ("max_train", "max_test"):
-            part = key.removeprefix("max_")
-            if evaluation.data.get(part) == value:  # else there are not so many, and all are used
-                which = "training" if part == "train" else "test"
-                said.append(f"{value:,} {which} images are used; published figures use all.")
+            which = "training" if key == "max_train" else "test"
+            said.append(f"{value:,} {which} images are used; published figures use all.")
         else:
             said.append(f"{key} = {as_text(value)}; published: {as_text(published)}.")
     return said + [sentence(note) for note in evaluation.notes if "published" in note and "preset" not in note]
