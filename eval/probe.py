@@ -68,7 +68,7 @@ class Probe:
         found = extract(
             self.backbone, part, self.view, names, self.context,
             batch=cfg.batch, precision=self.precision, max_bad_share=cfg.max_bad_share,
-            what=f"features of {part.images.path}",
+            what=f"features of {'training' if part.images is self.train.images else 'test'} images",
         )  # fmt: skip
         self.leave_out(part, np.flatnonzero(~found.good).tolist())
         return found

@@ -88,16 +88,18 @@ def default_cache() -> Path:
 
 
 def show(results: Sequence[Result]) -> None:
-    """A table of all figures with their intervals, and what a reader of them must know."""
-    table = Table(title="95 % intervals, by a bootstrap over the test images")
-    for heading in ("suite", "score", "value", "interval"):
-        table.add_column(heading, justify="right" if heading in ("value", "interval") else "left")
+    """A table of all figures with their intervals, and what a reader of them must know, said once."""
+    table = Table()
+    for heading in ("suite", "score", "value", "95 % interval"):
+        table.add_column(heading, justify="left" if heading in ("suite", "score") else "right")
+    suites_of: dict[str, list[str]] = {}
     for result in results:
         for number, (name, score) in enumerate(result.scores.items()):
             table.add_row("" if number else result.suite, name, *score.texts(), style="bold" if not number else None)
         table.add_section()
+        for note in result.notes:
+            suites_of.setdefault(note, []).append(result.suite)
     console = Console()
     console.print(table)
-    for result in results:
-        for note in result.notes:
-            console.print(f"{result.suite}: {note}", soft_wrap=True, markup=False, highlight=False)
+    for note, suites in suites_of.items():
+        console.print(f"{', '.join(suites)}: {note}", soft_wrap=True, markup=False, highlight=False)
