@@ -29,7 +29,7 @@ TODO, GOOD, BAD = 0, 1, 2  # states of an image
 
 @dataclass
 class Features:
-    """Memory-mapped fp16 (n, D) by name. good: bool (n,), False where an image could not be read (its rows are 0)."""
+    """Memory-mapped fp16 (n, D) by name. good: bool (n,), False where an image could not be read."""
 
     arrays: dict[str, NDArray[np.float16]]
     good: NDArray[np.bool_]
@@ -60,7 +60,7 @@ def extract(
     """
     store = context.ranks.from_main(lambda: Store.make(context.cache, backbone, part, view, precision, names))
     store.check_here()
-    pending = context.ranks.broadcast_object(store.pending())
+    pending = context.ranks.from_main(lambda: store.pending(part))
     if pending:
         forward = Forward(backbone, names, context, min(batch, CHUNK), precision)
         _Extractor(forward, store, part, view, context, batch).run(pending, what)
@@ -76,7 +76,7 @@ def _demand_readable(features: Features, part: Part, max_share: float) -> None:
         first = int(rows[0])
         raise ConfigError(
             f"{len(rows)} of {len(part)} images cannot be read, more than max_bad_share={max_share}; the first is "
-            f"{part.images.name(first)} ({part.images.reason(first)})",
+            f"{part.images.name(first)} ({part.images.trouble(first)})",
             "--data",
         )
 
@@ -123,11 +123,12 @@ class Store:
         """The images of a chunk."""
         return range(chunk * CHUNK, min(self.count, (chunk + 1) * CHUNK))
 
-    def pending(self) -> list[int]:
-        """Chunks in which some image lacks some feature."""
-        todo = np.zeros(self.count, dtype=bool)
-        for name in self.names:
-            todo |= self._states(name) == TODO
+    def pending(self, part: Part) -> list[int]:
+        """Chunks in which some image lacks some feature; also where it could not be read before, and can be now."""
+        states = np.stack([self._states(name) for name in self.names])
+        todo = (states == TODO).any(0)
+        for row in np.flatnonzero((states == BAD).any(0)):
+            todo[row] |= part.images.trouble(int(part.rows[row])) is None
         return sorted({int(row) // CHUNK for row in np.flatnonzero(todo)})
 
     def write(self, chunk: int, features: dict[str, Tensor], good: Tensor) -> None:

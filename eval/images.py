@@ -39,13 +39,13 @@ class Images(LabelledImages):
         """For messages: the file, or the shard and the member in it."""
         return "/".join(self._source.locate(index))
 
-    def reason(self, index: int) -> str:
-        """Why an image cannot be read."""
+    def trouble(self, index: int) -> str | None:
+        """Why an image cannot be read; None where it can."""
         try:
             self.read(index)
         except BadImage as error:
             return error.reason
-        return "unreadable a moment ago"
+        return None
 
     @cached_property
     def digest(self) -> str:

@@ -76,7 +76,7 @@ class Probe:
     def leave_out(self, part: Part, places: Sequence[int]) -> None:
         """Says which images of a part cannot be read, once."""
         rows = [int(part.rows[place]) for place in places]
-        bad = {part.images.name(row): part.images.reason(row) for row in rows}
+        bad = {part.images.name(row): part.images.trouble(row) or "unreadable a moment ago" for row in rows}
         if new := {name: reason for name, reason in bad.items() if name not in self.bad}:
             some = ", ".join(f"{name} ({reason})" for name, reason in list(new.items())[:3])
             self.context.say(f"careful: {len(new)} images cannot be read and are left out: {some}")
@@ -89,10 +89,8 @@ class Probe:
 
     def result(self, suite: str, scores: dict[str, Score], notes: Sequence[str] = (), **details: Any) -> Result:
         """With all that the suites say alike."""
-        protocol = {
-            **asdict(self.cfg), "image_size": self.size, "view": str(self.view),
-            "precision": self.precision,
-        }  # fmt: skip
+        chosen = {"image_size": self.size, "view": str(self.view), "precision": self.precision}
+        protocol = {**asdict(self.cfg), **chosen}
         said = [*notes]
         if self.size != PROTOCOL_SIZE:
             said.append(f"images of {self.size} pixels; published figures are for {PROTOCOL_SIZE}")

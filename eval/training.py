@@ -96,7 +96,7 @@ class FromImages:
             row = int(self.part.rows[bad[0]])
             raise ConfigError(
                 f"{self._failed} of {self._tried} images cannot be read, more than max_bad_share={self.max_bad_share}; "
-                f"for example {self.part.images.name(row)} ({self.part.images.reason(row)})",
+                f"for example {self.part.images.name(row)} ({self.part.images.trouble(row)})",
                 "--data",
             )
 

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 import eval.features
 from dinoreg.config import ConfigError
-from dinoreg.data.images import DataError
+from dinoreg.data.images import BadImage, DataError
 from eval.compute import Fitting, load
 from eval.features import Features, extract
 from eval.forward import PATCH_MEAN, cls_of
@@ -124,6 +124,27 @@ def test_a_damaged_image_is_left_out_and_too_many_are_an_error(tmp_path: Path, w
     assert found.tensor([cls_of(1)]).shape == (19, 64)
     with pytest.raises(ConfigError, match=r"1 of 20 images cannot be read.*class1/002.png \(not-an-image\)"):
         features(tmp_path, folder, Counting(weights), max_bad_share=0.01)
+
+
+def test_an_image_that_could_not_be_read_for_a_moment_is_tried_again(
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "images"
+    write_classes(folder, 5)
+    with monkeypatch.context() as patch:
+        read = Images.read
+
+        def fail(images: Images, index: int) -> torch.Tensor:
+            if index == 3:
+                raise BadImage("missing", "the network was away")
+            return read(images, index)
+
+        patch.setattr(Images, "read", fail)
+        assert not features(tmp_path, folder, Counting(weights), max_bad_share=0.1).good[3]
+        assert features(tmp_path, folder, Counting(weights), max_bad_share=0.1).computed == 0
+    again = features(tmp_path, folder, Counting(weights))
+    assert again.good.all()
+    assert again.computed == 20
 
 
 def test_a_full_disk_is_told_with_the_file() -> None:
