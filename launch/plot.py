@@ -37,14 +37,20 @@ def draw(path: Path, title: str, axes: Sequence[str], points: Sequence[Point], s
             _map(figure, panel, axes, points, name)
         else:
             _lines(panel, axes[0], points, groups, name)
-    if any(point.state != "finished" for point in points):
-        figure.supxlabel("hollow: not at its end yet", fontsize=8, color="#555555")
+    figure.supxlabel(_legend(points), fontsize=8, color="#555555")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if len(groups) > 1 and labels:
         figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
     partial = path.with_suffix(".png.new")
     figure.savefig(partial, format="png")
     partial.replace(path)
+
+
+def _legend(points: Sequence[Point]) -> str:
+    """What signs mean that are there."""
+    bars = any(score.low is not None for point in points for score in point.scores.values())
+    hollow = any(point.state != "finished" for point in points)
+    return "; ".join(["bars: 95 % intervals"] * bars + ["hollow: not at its end yet"] * hollow)
 
 
 def _groups(axes: Sequence[str], points: Sequence[Point]) -> dict[str, list[Point]]:

@@ -21,7 +21,7 @@ from launch.status import rows
 from launch.sweep import axes_of, runs_of
 from launch.task import RECIPE
 
-LOSS, KNN = "loss", "k-NN"
+LOSS, KNN = "loss", "k-NN in training"
 TAIL = 10  # the loss of a run is the mean of its last readings: one in ten of them
 
 

@@ -182,7 +182,7 @@ def test_the_table_holds_every_score_of_every_run(images: Path, tmp_path: Path) 
         finished_run(folder / f"num_registers={number}", {"model": {"num_registers": number}}, 3 - number / 8, score)
     write_sweep(folder, images, "model.num_registers")
     lines = launch("sweep", "--table", folder, env=outside()).splitlines()
-    assert lines[0].split() == ["num_registers", "state", "step", "loss", "k-NN", "knn", "top1"]
+    assert lines[0].split() == ["num_registers", "state", "step", "loss", "k-NN", "in", "training", "knn", "top1"]
     assert [line.split() for line in lines[1:4]] == [
         ["0", "finished", "20", "3.000", "25.0%", "50.0%"],
         ["4", "finished", "20", "2.500", "25.0%", "-"],
