@@ -49,7 +49,7 @@ def show(grid: Grid) -> None:
         table.add_column("\n".join(heading), justify="right")
     for row in grid.rows:
         table.add_row(row.name, shown(row.registers), *(_cell(grid, row, column) for column in grid.columns))
-    for known in dict.fromkeys(known for column in grid.columns for known in column.rows):
+    for known in grid.published():
         values = [
             f"{known.scores[column.published]:g}" if known in column.rows else "" for column in grid.columns
         ]  # fmt: skip

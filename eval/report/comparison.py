@@ -105,9 +105,8 @@ def _known(grid: Grid, known: Published, numbers: Sequence[int]) -> Html:
 def _by_source(grid: Grid) -> dict[Source, list[Published]]:
     """The published rows that have a value in a column that may show it."""
     found: dict[Source, list[Published]] = {}
-    for known in PUBLISHED:
-        if any(known in column.rows for column in grid.columns):
-            found.setdefault(known.source, []).append(known)
+    for known in grid.published():
+        found.setdefault(known.source, []).append(known)
     return found
 
 

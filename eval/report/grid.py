@@ -128,6 +128,10 @@ class Grid:
             return None
         return (max if scores[0].better == "higher" else min)(score.value for score in scores)
 
+    def published(self) -> list[Published]:
+        """The published rows that have a figure in some column."""
+        return [known for known in PUBLISHED if any(known in column.rows for column in self.columns)]
+
     def variants(self, column: Column) -> list[Column]:
         """Columns of the same score, on other data or in another protocol, itself among them."""
         return [other for other in self.columns if other.published == column.published]
