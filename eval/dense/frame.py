@@ -37,11 +37,26 @@ class Frame:
         below, right = rows * self.patch - self.height - top, columns * self.patch - self.width - left
         return F.pad(images, (left, right, top, below))
 
-    def cut(self, maps: Tensor) -> Tensor:
-        """Maps (B, C, h, w) of the padded image, of any resolution, at the image's pixels: (B, C, H, W), bilinear."""
-        (top, left), (rows, columns) = self.corner, self.grid
-        whole = F.interpolate(maps, size=(rows * self.patch, columns * self.patch), mode="bilinear")
-        return whole[:, :, top : top + self.height, left : left + self.width]
+    def cut(self, maps: Tensor, every: int = 1) -> Tensor:
+        """Maps (B, C, h, w) of the padded image, of any resolution, at the image's pixels: (B, C, H, W), bilinear.
+
+        every: or at every so-manyth pixel, down and across, from the first on.
+        """
+        sides = zip(self.corner, (self.height, self.width), self.grid, maps.shape[2:], strict=True)
+        down, across = (
+            bilinear(length, patches * self.patch, torch.arange(first, first + size, every, device=maps.device))
+            for first, size, patches, length in sides
+        )
+        return down @ maps @ across.T
+
+
+def bilinear(length: int, size: int, wanted: Tensor) -> Tensor:
+    """The weights (wanted, length) with which a line of `length` values becomes one of `size`, at wanted places of it.
+
+    As F.interpolate without aligned corners, which would compute all places; and a product has the faster gradient.
+    """
+    at = ((wanted + 0.5) * (length / size) - 0.5).clamp(0, length - 1)
+    return (1 - (at[:, None] - torch.arange(length, device=wanted.device)).abs()).clamp(min=0)
 
 
 @dataclass

@@ -40,6 +40,7 @@ class DenseConfig:
     warmup: int = 1500  # steps
     warmup_ratio: float = 1e-6  # where the warm-up begins, as a share of the rate
     augment: bool = True  # false trains on maps of whole images, each of which passes through the network once
+    every: int = 1  # of training targets, every so-manyth pixel counts, down and across
     patches: int = 0  # where > 0, the short side is resized to so many patches, whatever the suite's own size
     batch: int = 16  # images that pass through the network together; halves itself for want of memory
     precision: Precision = "auto"  # of the network; auto = bf16 on GPUs and on processors with bf16, else fp32
@@ -52,7 +53,7 @@ class DenseConfig:
 
     def check(self) -> None:
         """Raises ConfigError."""
-        for key in ("steps", "batch_size", "batch", "save_every"):
+        for key in ("steps", "batch_size", "every", "batch", "save_every"):
             if getattr(self, key) < 1:
                 raise ConfigError("must be at least 1", key)
         for key in ("warmup", "patches", "max_train", "max_test", "pictures", "weight_decay", "warmup_ratio"):

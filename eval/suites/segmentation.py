@@ -46,8 +46,8 @@ class AdeLinearConfig(DenseConfig):
     def quick() -> list[str]:
         """Whole images of 16 patches without augmentation, each of which passes through the network once."""
         return [
-            "augment=false", "patches=16", "whole=true", "steps=400", "warmup=20", "rate=1e-2", "max_train=1000",
-            "max_test=200", "save_every=200",
+            "augment=false", "patches=16", "every=4", "whole=true", "steps=400", "warmup=20", "rate=1e-2",
+            "max_train=1000", "max_test=200", "save_every=200",
         ]  # fmt: skip
 
     def check(self) -> None:
@@ -94,7 +94,7 @@ def run(backbone: Backbone, cfg: AdeLinearConfig, context: Context) -> Result:
     probe = DenseProbe(suite, backbone, cfg, context, (train, test), blocks, norm=True, short=cfg.short_side)
     head = MaskHead(backbone.embed_dim, layers, labels.classes, context.ranks, cfg.seed)
     change = MaskAugmentation(probe.short, cfg.ratio, cfg.crop, cfg.cat_max_ratio)
-    probe.learn(nn.ModuleDict({"head": head}), _loss, change, "linear")
+    probe.learn(nn.ModuleDict({"head": head}), Loss(cfg.every), change, "linear")
     stored = None
     if not cfg.augment:
         stored = probe.stored(probe.test, "maps of test images")
@@ -103,10 +103,16 @@ def run(backbone: Backbone, cfg: AdeLinearConfig, context: Context) -> Result:
     return _result(probe, cfg, labels, seen, layers)
 
 
-def _loss(head: nn.Module, batch: Batch, step: int) -> Tensor:
-    logits = head([maps for maps, _ in batch])
-    sized = [maps.frame.cut(some) for (maps, _), some in zip(batch, logits, strict=True)]
-    return mask_loss(sized, [target for _, target in batch])
+@dataclass(frozen=True)
+class Loss:
+    """Cross entropy at every so-manyth pixel."""
+
+    every: int
+
+    def __call__(self, head: nn.Module, batch: Batch, step: int) -> Tensor:
+        logits = head([maps for maps, _ in batch])
+        sized = [maps.frame.cut(some, self.every) for (maps, _), some in zip(batch, logits, strict=True)]
+        return mask_loss(sized, [target[:, :: self.every, :: self.every] for _, target in batch])
 
 
 class Judge:
