@@ -103,7 +103,7 @@ def find_scale(maps: Sequence[Path], asked: float) -> tuple[float, str]:
                 "say how many make a metre",
                 "scale",
             )
-        return scale, f"taken for {unit}: the middle value is {typical:.4g}, so {typical / scale:.3g} m"
+        return scale, f"{unit} (the middle value is {typical:.4g}, so {typical / scale:.3g} m)"
     if typical / asked > FARTHEST:
         raise ConfigError(
             f"half of the depths in {where} would be beyond {typical / asked:.4g} m: these are millimetres taken for "
@@ -116,7 +116,7 @@ def find_scale(maps: Sequence[Path], asked: float) -> tuple[float, str]:
             "scale=0 finds it",
             "scale",
         )
-    return asked, f"{asked:g} a metre, as given; the middle value is {typical / asked:.3g} m"
+    return asked, f"{asked:g} a metre, as given (the middle value is {typical / asked:.3g} m)"
 
 
 def open_depths(place: Place, scale: float = 0) -> DepthData:
@@ -127,7 +127,7 @@ def open_depths(place: Place, scale: float = 0) -> DepthData:
     root = place.root
     mat = root if root is not None and root.suffix == ".mat" else root and root / MAT
     if mat and mat.is_file():
-        return DepthData(*open_mat(mat), True, (1.0, 1.0), f"metres, as in {MAT}")
+        return DepthData(*open_mat(mat), True, (1.0, 1.0), "metres, as NYU's file has them")
     official = root is not None and all((root / name).is_file() for name in LISTS)
     if official and root is not None:
         files = [read_lists(root, name) for name in LISTS]
@@ -140,7 +140,7 @@ def open_depths(place: Place, scale: float = 0) -> DepthData:
         FilePairs(str(path), pairs, partial(read_depth, scale=each), f"{each:g} a metre")
         for path, pairs, each in zip(paths, files, scales, strict=True)
     )
-    return DepthData(train, test, official, scales, f"train {said[0]}; test {said[1]}")
+    return DepthData(train, test, official, scales, f"{said[0]} for training, {said[1]} for testing")
 
 
 def _parts_of(root: Path) -> tuple[Path, Path]:

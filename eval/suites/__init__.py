@@ -44,5 +44,8 @@ _ALL = [
     ),
     Suite("knn", "k nearest neighbours of class tokens", "imagenet", "eval.suites.knn", "KnnConfig"),
     Suite("logreg", "logistic regression on class tokens", "imagenet", "eval.suites.logreg", "LogregConfig"),
+    Suite("ade20k-linear", "one linear layer labels pixels", "ade20k", "eval.suites.segmentation", "AdeLinearConfig"),
+    Suite("ade20k-ms", "four blocks, images at many sizes", "ade20k", "eval.suites.segmentation", "AdeMsConfig"),
+    Suite("nyud-linear", "linear layers on one and four blocks tell depths", "nyud", "eval.suites.depth", "NyudConfig"),
 ]
 SUITES = {suite.name: suite for suite in _ALL}

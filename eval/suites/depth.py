@@ -56,10 +56,11 @@ class NyudConfig(DenseConfig):
 
     @staticmethod
     def quick() -> list[str]:
-        """Whole images of 16 patches without augmentation, each of which passes through the network once; fewer bins."""
+        """Whole images of 16 patches without augmentation, each passing through the network once; fewer bins."""
         return [
             "augment=false", "patches=16", "every=4", "flip=false", "bins=64", "upsample=2", "steps=300",
-            "batch_size=8", "warmup=30", "rate=1e-2", "loss_warmup=10", "max_train=1000", "max_test=200", "save_every=100",
+            "batch_size=8", "warmup=30", "rate=1e-2", "loss_warmup=10", "max_train=1000", "max_test=200",
+            "save_every=100",
         ]  # fmt: skip
 
     def check(self) -> None:
