@@ -152,13 +152,13 @@ def evaluate(words: Sequence[str]) -> int:
     others = [word for word in asked.overrides if word.startswith("launch.")]
     own = [word for word in asked.overrides if word not in others]
     made = plan(asked.run, make_suite(asked.suite, asked.name, asked.data, asked.preset, own), others, asked.cluster)
-    if asked.follow:
+    if asked.follow and not asked.dry_run:
         try:
             return 0 if follow(made, asked.every, lambda text: print(text, flush=True)) else 1
         except KeyboardInterrupt:
             print("no longer following; jobs in the queue stay there, and the same command goes on")
             return 130
-    return say.evaluate(made, asked.all, asked.steps, asked.dry_run)
+    return say.evaluate(made, asked.all or asked.follow, asked.steps, asked.dry_run)
 
 
 def resume(words: Sequence[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import os
 import signal
@@ -19,6 +20,8 @@ from launch.recipe import LaunchedRun
 from launch.record import editing, read_jobs
 from launch.status import natural
 from launch.sweep import leave_out
+
+LENGTH = 150  # steps: some seconds, in which something can happen to a run
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +104,14 @@ def test_a_dry_run_shows_the_runs_and_one_script(images: Path, tmp_path: Path) -
 def test_a_sweep_of_this_machine_runs_is_extended_cancelled_and_resumed(images: Path, tmp_path: Path) -> None:
     """One after another; a task that is killed starts again."""
     folder, env = tmp_path / "sweep", outside()
-    options = [TINY, f"data.sources={images}", *FAST, f"run_dir={folder}", "train.steps=60", "checkpoint.every=10"]
+    options = [
+        TINY,
+        f"data.sources={images}",
+        *FAST,
+        f"run_dir={folder}",
+        f"train.steps={LENGTH}",
+        "checkpoint.every=10",
+    ]
     said = launch("sweep", *options, "model.num_registers=0,2", "--cluster", "local", env=env)
     assert "2 of 2 runs submitted" in said
     first, second = (folder / f"num_registers={number}" for number in (0, 2))
@@ -109,11 +119,11 @@ def test_a_sweep_of_this_machine_runs_is_extended_cancelled_and_resumed(images: 
     assert not steps(second)
     os.kill(processes_of(first)[0], signal.SIGKILL)
     launch("cancel", second, env=env)
-    until(lambda: steps(first) == 60, "the end of the first")
+    until(lambda: steps(first) == LENGTH, "the end of the first")
     until(lambda: read_jobs(second)[0].ended, "the end of the other, which never began")
     words = [line.split() for line in launch("status", folder, env=env).splitlines()]
     assert [word[2] for word in words[1:3]] == ["finished", "cancelled"] and words[1][-1] == "1"
-    assert not steps(second) and [start.step for start in read_jobs(first)[0].starts][1] in (10, 20, 30, 40, 50)
+    assert not steps(second) and [start.step for start in read_jobs(first)[0].starts][1] in range(10, LENGTH, 10)
     assert "ended with 137; again" in launch("logs", first, env=env)
 
     said = launch("sweep", *options, "model.num_registers=0,2,1", "launch.array=2", "--cluster", "local", env=env)
@@ -147,6 +157,10 @@ def test_a_folder_belongs_to_one_sweep(images: Path, tmp_path: Path) -> None:
         pass  # was launched
     said = launch("sweep", TINY, f"data.sources={images}", f"run_dir={run}", "seed=0,1", env=env, fails=True)
     assert "is a run; give another folder to the sweep" in said
+    with (folder / "sweep.json.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        said = launch("sweep", *options, "seed=7,8", env=env, fails=True)
+    assert "is in use by another sweep command; try again when that has ended" in said
     said = launch("sweep", "--table", tmp_path, env=env, fails=True)
     assert "is no folder of a sweep: it has no sweep.json" in said
 

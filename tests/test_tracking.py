@@ -202,6 +202,10 @@ def test_evaluations_reach_wandb_once_whoever_sends_them(tmp_path: Path) -> None
     assert sent_to_wandb(first, "loss/total") == {10: 1.0, 20: 0.5, 30: 0.4}
     assert sent_to_wandb(first, "eval/knn/top1") == {4: 40.5, 8: 50.0}
     assert sent_to_wandb(second, "eval/knn/top1") == {12: 60.0}
+    (run_dir / EVALUATIONS).write_text('{"step": 4, "eval/knn/top1": 41.0}\n')  # anew, and shorter
+    send_evaluations(cfg, run_dir, {})
+    third = sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"))[2]
+    assert sent_to_wandb(third, "eval/knn/top1") == {4: 41.0}
 
 
 def test_evaluations_of_a_run_without_wandb_wait_for_one_with_it(tmp_path: Path) -> None:

@@ -162,6 +162,8 @@ def _new_evaluations(run_dir: Path) -> tuple[list[dict[str, Any]], int]:
     if not path.exists():
         return [], 0
     begin = int(sent.read_text()) if sent.exists() else 0
+    if begin > path.stat().st_size:
+        begin = 0  # somebody has written it anew
     with path.open("rb") as file:
         file.seek(begin)
         text = file.read()
