@@ -132,6 +132,7 @@ def evaluate(words: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of the suite, and launch.key=value")
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="a run directory, or a sweep's")
     parser.add_argument("--data", action="append", default=[], metavar="DIR", help="images; as dinoreg-eval takes it")
+    parser.add_argument("--cache", metavar="DIR", help="for features (default: ~/.cache/dinoreg/features)")
     parser.add_argument("--preset", choices=("published", "quick"), default="published", help="default: %(default)s")
     parser.add_argument("--name", metavar="NAME", help="of the folder and the metrics (default: the suite's)")
     which = parser.add_mutually_exclusive_group()
@@ -151,7 +152,8 @@ def evaluate(words: Sequence[str]) -> int:
 
     others = [word for word in asked.overrides if word.startswith("launch.")]
     own = [word for word in asked.overrides if word not in others]
-    made = plan(asked.run, make_suite(asked.suite, asked.name, asked.data, asked.preset, own), others, asked.cluster)
+    suite = make_suite(asked.suite, asked.name, asked.data, asked.preset, own, asked.cache)
+    made = plan(asked.run, suite, others, asked.cluster)
     if asked.follow and not asked.dry_run:
         try:
             return 0 if follow(made, asked.every, lambda text: print(text, flush=True)) else 1

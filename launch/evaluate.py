@@ -15,7 +15,7 @@ from launch.evaluating import Evaluation
 from launch.evaluations import EVAL, RESULTS, Score, folder_of, step_of
 from launch.logs import why
 from launch.recipe import LaunchedRun
-from launch.record import Job
+from launch.record import Job, locked
 from launch.slurm import JobState
 from launch.snapshot import Snapshot, take_snapshot
 from launch.submit import Cluster, check, queue
@@ -27,15 +27,20 @@ ASKED = "asked.json"  # in the folder of a suite: how it was evaluated there
 
 @dataclass(frozen=True)
 class Suite:
-    """One way to evaluate. name: of its folder and its metrics; options: what `dinoreg-eval` is given beside files."""
+    """One way to evaluate. name: of its folder and its metrics; options: what `dinoreg-eval` is given beside files.
+
+    cache: a folder for features, other than its own.
+    """
 
     name: str
     suite: str
     options: tuple[str, ...]
+    cache: str | None = None
 
     def words(self, weights: Path, output: Path) -> tuple[str, ...]:
         """A command line."""
-        return (self.suite, "--weights", str(weights), "--output", str(output), *self.options)
+        cache = ("--cache", self.cache) if self.cache else ()
+        return (self.suite, "--weights", str(weights), "--output", str(output), *cache, *self.options)
 
     def to_json(self) -> str:
         """To tell later whether results were made in the same way."""
@@ -95,7 +100,9 @@ def plan(folder: Path, suite: Suite, words: Sequence[str], cluster: Cluster) -> 
     return Plan(folder, runs, suite, _resources(runs[0], words), cluster)
 
 
-def make_suite(suite: str, name: str | None, data: Sequence[str], preset: str, words: Sequence[str]) -> Suite:
+def make_suite(
+    suite: str, name: str | None, data: Sequence[str], preset: str, words: Sequence[str], cache: str | None = None
+) -> Suite:
     """Raises ConfigError on what `dinoreg-eval` would not take: a suite, data or options that there are not."""
     from eval.suite import Place
     from eval.suites import SUITES
@@ -110,7 +117,8 @@ def make_suite(suite: str, name: str | None, data: Sequence[str], preset: str, w
     schema = SUITES[suite].schema()
     load(schema, None, [*(schema.quick() if preset == "quick" else []), *words])
     places = [word for text in data for word in ("--data", _absolute(text))]
-    return Suite(name or suite, suite, (*places, "--preset", preset, *words))
+    cache = str(Path(cache).absolute()) if cache else None
+    return Suite(name or suite, suite, (*places, "--preset", preset, *words), cache)
 
 
 def teachers(run: Path) -> list[Path]:
@@ -123,10 +131,13 @@ def submit(plan: Plan, targets: Sequence[Target], code: Snapshot | None = None) 
     """The jobs of those that are neither evaluated nor in the queue. Raises ConfigError, with nothing in the queue."""
     for run in plan.runs:
         _check_asked(run / EVAL / plan.suite.name, plan.suite)
-    active = jobs.active_jobs(target.folder for target in targets)
-    wanted = [target for target in targets if not target.evaluated and target.folder not in active]
-    if not wanted:
-        return {}
+    with locked(plan.folder / f"{EVAL}.lock"):  # somebody may follow the run at the same time
+        active = jobs.active_jobs(target.folder for target in targets)
+        wanted = [target for target in targets if not target.evaluated and target.folder not in active]
+        return _queue(plan, wanted, code) if wanted else {}
+
+
+def _queue(plan: Plan, wanted: Sequence[Target], code: Snapshot | None) -> dict[Target, str]:
     if plan.cluster == "debug" and len(wanted) > 1:
         raise ConfigError(f"a debugger watches one process, not {len(wanted)}: give --steps", key="--cluster")
     check(plan.asked, plan.folder, plan.cluster)

@@ -35,7 +35,7 @@ class Following:
 
     def look(self) -> bool:
         """Submit what is new, and say what has changed; whether there is anything left to wait for."""
-        goes_on = any(jobs.in_use(run) for run in self.plan.runs)  # before looking: what comes later is seen next time
+        goes_on = jobs.in_use(self.plan.runs)  # before looking: what comes later is seen next time
         targets = self.plan.targets()
         self._submit([target for target in targets if target.folder not in self.told])
         states = survey(targets)

@@ -29,10 +29,14 @@ def active_jobs(run_dirs: Iterable[Path]) -> dict[Path, Job]:
     return {run: job for run, job in jobs.items() if (state := told[run]) is not None and state.active}
 
 
-def in_use(run_dir: Path) -> bool:
-    """Whether a run goes on: its job waits or runs, or somebody else trains in its directory."""
-    if active_job(run_dir) is not None:
-        return True
+def in_use(run_dirs: Iterable[Path]) -> bool:
+    """Whether any of the runs goes on: its job waits or runs, or somebody else trains in its directory."""
+    run_dirs = list(run_dirs)
+    return bool(active_jobs(run_dirs)) or any(map(_held, run_dirs))
+
+
+def _held(run_dir: Path) -> bool:
+    """By the lock of dinoreg/train/rundir.py."""
     try:
         with (run_dir / "lock").open("r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -67,13 +67,13 @@ def test_an_evaluation_is_given_one_gpu_and_its_share_of_a_node(run_dir: Path, l
 
 
 def test_the_newest_teacher_is_evaluated_unless_others_are_named(run_dir: Path, labelled: Path) -> None:
-    made = plan(run_dir, make_suite("knn", None, [str(labelled)], "quick", ["k=[1]", "main_k=1"]), [], "local")
+    made = plan(run_dir, make_suite("knn", None, [str(labelled)], "quick", ["k=[1]", "main_k=1"], "C"), [], "local")
     assert [target.step for target in made.newest()] == [200]
     assert [target.step for target in made.targets()] == [100, 200]
     assert [target.step for target in made.targets([100])] == [100]
     words = made.suite.words(Path("W"), Path("O"))
-    assert words[:5] == ("knn", "--weights", "W", "--output", "O")
-    assert words[5:] == ("--data", str(labelled), "--preset", "quick", "k=[1]", "main_k=1")
+    assert words[:7] == ("knn", "--weights", "W", "--output", "O", "--cache", str(Path("C").absolute()))
+    assert words[7:] == ("--data", str(labelled), "--preset", "quick", "k=[1]", "main_k=1")
 
 
 @pytest.mark.parametrize(
@@ -124,16 +124,16 @@ def test_while_a_training_has_the_directory_it_alone_talks_to_wandb(run_dir: Pat
     write_result(run_dir, 100, 50.0)
     said: list[str] = []
     training = RunLock(run_dir)
-    assert jobs.in_use(run_dir)
+    assert jobs.in_use([run_dir])
     publish(run_dir, said.append)
     assert not said and not (run_dir / "wandb").exists() and (run_dir / "evaluations.jsonl").exists()
     training.close()
-    assert not jobs.in_use(run_dir)
+    assert not jobs.in_use([run_dir])
     publish(run_dir, said.append)
     (file,) = run_dir.glob("wandb/offline-run-*/*.wandb")
     assert sent_to_wandb(file, "eval/knn/top1") == {100: 50.0}, said
     assert len(said) == 1
-    assert not jobs.in_use(run_dir)
+    assert not jobs.in_use([run_dir])
     publish(run_dir, said.append)
     assert len(said) == 1
 
