@@ -126,7 +126,7 @@ class _Frame:
         self.x, self.y = x, y
         self.ticks = ticks(*y)
         self.left = 30 + LETTER * max(len(f"{tick:.6g}") for tick in self.ticks)
-        self.right, self.top, self.bottom = width - 12.0, 12.0, height - 46.0
+        self.right, self.top, self.bottom = width - 28.0, 12.0, height - 46.0
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         """A point in pixels."""

@@ -14,6 +14,7 @@ import itertools
 import math
 import os
 import shutil
+import subprocess
 import sys
 import tarfile
 from argparse import ArgumentParser, Namespace
@@ -27,6 +28,7 @@ from PIL import Image, ImageEnhance
 from rich.console import Console
 
 from dinoreg.config import ConfigError
+from dinoreg.demo_page import Facts, write_page
 from dinoreg.train.tracking import read_metrics
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ TILES_PER_PHOTO, CROPS_PER_PHOTO = 120, 50
 KNN_READINGS = 6  # during the training, besides the first
 CURVE = 32  # characters
 SHOWN = ("astronaut", "coffee")
+PROTOCOL = ["--preset", "quick"]  # of the evaluation, which then takes some ten seconds
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def main(asked: Namespace) -> int:
 
 
 def run(out: Path, steps: int | None = None) -> None:
-    """Build the data, train, draw, and tell what happened; everything lands in `out`."""
+    """Build the data, train, draw, evaluate, and tell what happened; everything lands in `out`."""
     from dinoreg.train.pictures import look
     from dinoreg.train.trainer import train
 
@@ -107,24 +110,48 @@ def run(out: Path, steps: int | None = None) -> None:
 
     shown = [path for name, path in find_photos().items() if name in SHOWN]
     picture = look(weights, shown, out / "registers.png", cfg.photometric)
-    say("\n[bold]4. Where everything is[/bold]")
-    for path, meaning in (
-        (picture, "for two photos: attention of CLS and registers, PCA of the patches, patch norms"),
-        (weights, "the teacher's backbone, for dinoreg.load_backbone"),
-        (out / "metrics.jsonl", "these numbers and many more, step by step"),
-        (out / "data", "the shards"),
-    ):
-        say(f"   {path}  [dim]{meaning}[/dim]")
+    say("\n[bold]4. How good it is[/bold]")
+    results = evaluate(weights, data)
 
-    command = "dinoreg" if shutil.which("dinoreg") else os.path.relpath(Path(sys.executable).with_name("dinoreg"))
     say("\n[bold]5. What to try next[/bold]")
-    for words, meaning in (
-        (f"look {weights} PHOTO.jpg", "this picture of your photo"),
-        ("train demo data.sources=/my/images run_dir=runs/mine", "the same network on your images"),
-        ("train own_images_1gpu data.sources=/my/images", "a network for use, on a GPU"),
-        (f"doctor {out}", "what the numbers of a run say about its health"),
-    ):
-        say(f"   {command} {words}  [dim]{meaning}[/dim]")
+    command = "dinoreg" if shutil.which("dinoreg") else os.path.relpath(Path(sys.executable).with_name("dinoreg"))
+    ideas = [(f"{command}{words}", meaning) for words, meaning in _ideas(out, weights)]
+    for words, meaning in ideas:
+        say(f"   {words}  [dim]{meaning}[/dim]")
+    facts = Facts(out, picture, weights, cfg.train.steps or 0, photos, ideas)
+    say(f"\n[bold]All of it on one page:[/bold] {write_page(facts, read_metrics(out / 'metrics.jsonl'), results)}")
+
+
+def evaluate(weights: Path, data: DemoData) -> list[Path]:
+    """What `dinoreg-eval` finds out about a teacher of a run, as results.json files; measured once.
+
+    Raises ConfigError where that command fails.
+    """
+    found = f"*/{weights.stem}/results.json"
+    folder = weights.parents[1] / "eval"
+    if not any(folder.glob(found)) or not (folder / "report.html").is_file():  # the last that is written
+        words = ["all", "--weights", str(weights), *PROTOCOL, "--cache", str(folder / "features")]
+        words += ["--data-imagenet", f"train={data.seen_crops}", "--data-imagenet", f"test={data.unseen_crops}"]
+        # As a command of its own, for this package knows nothing of eval.
+        ended = subprocess.run([sys.executable, "-m", "eval", *words])
+        if ended.returncode:
+            raise ConfigError(f"the evaluation ended with {ended.returncode}: dinoreg-eval {' '.join(words)}")
+    return sorted(folder.glob(found))
+
+
+def _ideas(out: Path, weights: Path) -> list[tuple[str, str]]:
+    """What may follow `dinoreg`, and what it does."""
+    return [
+        (f" look {weights} PHOTO.jpg", "this picture of your photo"),
+        (" train demo data.sources=/my/images run_dir=runs/mine", "the same network on your images"),
+        (" train own_images_1gpu data.sources=/my/images", "a network for use, on a GPU"),
+        (f" doctor {out}", "what the numbers of a run say about its health"),
+        (
+            f"-eval all --weights {weights} --data-imagenet DIR",
+            "scores on your images in DIR/{train,val}/CLASS",
+        ),
+        ("-eval compare runs/A runs/B --output table.html", "which of two networks is better, and is it chance?"),
+    ]
 
 
 def _configure(out: Path, data: DemoData, steps: int | None) -> RunConfig:

@@ -48,7 +48,8 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 .note { background: var(--warn); border-left: 4px solid var(--warn-line); padding: .5rem .9rem; margin: .8rem 0;
   border-radius: 0 6px 6px 0; } .note p, .note ul { margin: .15rem 0; }
 .side { display: flex; flex-wrap: wrap; gap: 1rem 2rem; align-items: flex-start; }
-figure { margin: .8rem 0; } figure img { max-width: 100%; height: auto; border-radius: 4px; background: #fff; }
+figure { margin: .8rem 0; }
+.side figure { max-width: 28rem; } figure img { max-width: 100%; height: auto; border-radius: 4px; background: #fff; }
 .pictures { display: grid; gap: .5rem; margin: .9rem 0; } .pictures img { width: 100%; } .pictures figure { margin: 0; }
 .swatch { display: inline-block; width: .85em; height: .85em; border-radius: 2px; margin-right: .35em;
   vertical-align: -.08em; print-color-adjust: exact; -webkit-print-color-adjust: exact; }

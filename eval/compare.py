@@ -51,7 +51,7 @@ def show(grid: Grid) -> None:
         table.add_row(row.name, shown(row.registers), *(_cell(grid, row, column) for column in grid.columns))
     for known in grid.published():
         values = [
-            f"{known.scores[column.published]:g}" if known in column.rows else "" for column in grid.columns
+            str(known.scores[column.published]) if known in column.rows else "" for column in grid.columns
         ]  # fmt: skip
         table.add_row(f"{known.model}\n[dim]{known.source.short}[/dim]", shown(known.registers), *values)
     console.print(table)

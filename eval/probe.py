@@ -109,10 +109,18 @@ class Probe:
             "train": len(self.train),
             "test": len(self.test),
             "classes": self.num_classes,
-            "class_names": self.train.images.classes,
+            "class_names": self.train.images.classes or _names_beside(self.train.images.path, self.num_classes),
             "test_of_class": torch.bincount(self.test.labels, minlength=self.num_classes).tolist(),
             "bad": self.bad,
         }
+
+
+def _names_beside(shards: str, count: int) -> list[str]:
+    """The lines of classes.txt in the folder of shards, where there is one for each class."""
+    path = Path(shards).parent / "classes.txt"
+    names = path.read_text(errors="replace").split("\n") if path.is_file() else []
+    names = [name.strip() for name in names if name.strip()]
+    return names if len(names) == count else []
 
 
 def choose_size(backbone: Backbone, asked: int) -> int:

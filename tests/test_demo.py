@@ -74,15 +74,37 @@ def test_the_whole_demo_in_a_few_steps(
 ) -> None:
     monkeypatch.setattr(demo, "TILES_PER_PHOTO", 4)
     monkeypatch.setattr(demo, "CROPS_PER_PHOTO", 2)
+    monkeypatch.setattr(demo, "PROTOCOL", [*demo.PROTOCOL, "imagenet-linear.steps=5"])
     parser = ArgumentParser()
     demo.add_arguments(parser)
     asked = parser.parse_args(["--out", str(tmp_path / "run"), "--steps", "2"])
     assert demo.main(asked) == 0
     said = capsys.readouterr().out
     assert "nan" not in said
-    for expected in ("registers.png", "k-NN", "loss", "step_00000002.safetensors", "dinoreg train own_images_1gpu"):
+    for expected in ("index.html", "k-NN", "loss", "step_00000002.safetensors", "dinoreg train own_images_1gpu"):
         assert expected in said, expected
     with Image.open(tmp_path / "run" / "registers.png") as picture:
         assert picture.width > 1000
+    page = (tmp_path / "run" / "index.html").read_text()
+    for expected in (
+        "for 2 steps",
+        "<img",
+        "loss against step",
+        "knn",
+        "imagenet-linear",
+        "34</td>",
+        "What to try next",
+    ):
+        assert expected in page, expected
+    report = tmp_path / "run" / "eval" / "report.html"
+    assert 'href="eval/report.html"' in page and "astronaut" in report.read_text()
+
+    before = report.stat().st_mtime_ns
     assert demo.main(asked) == 0  # started again, it goes on: nothing is left to do
-    assert "registers.png" in capsys.readouterr().out
+    assert "index.html" in capsys.readouterr().out and report.stat().st_mtime_ns == before
+
+
+def test_an_evaluation_that_fails_is_told_with_its_command(tmp_path: Path) -> None:
+    data = demo.DemoData("tiles.tar", str(tmp_path / "none.tar"), str(tmp_path / "none.tar"), ["a"])
+    with pytest.raises(ConfigError, match="ended with 2: dinoreg-eval all"):
+        demo.evaluate(tmp_path / "teacher" / "step_00000002.safetensors", data)

@@ -98,7 +98,7 @@ def _lines(parts: Iterable[object]) -> Html:
 
 
 def _known(grid: Grid, known: Published, numbers: Sequence[int]) -> Html:
-    values = [f"{known.scores[column.published]:g}" if known in column.rows else "–" for column in grid.columns]
+    values = [str(known.scores[column.published]) if known in column.rows else "–" for column in grid.columns]
     return row([known.model, known.registers, *values], numbers)
 
 
@@ -249,7 +249,7 @@ def _orientation(grid: Grid) -> Html:
     """All published figures, apart, for those who want to know what others reach on the standard data."""
     keys = list(dict.fromkeys(key for known in PUBLISHED for key in known.scores))
     rows = [
-        (known.model, known.registers, *(f"{known.scores[key]:g}" if key in known.scores else "" for key in keys),
+        (known.model, known.registers, *(str(known.scores[key]) if key in known.scores else "" for key in keys),
          known.source.short)
         for known in PUBLISHED
     ]  # fmt: skip
