@@ -52,8 +52,7 @@ def run_jobs(asked: Namespace, jobs: Sequence[Job]) -> int:
             results.append(_run(job.suite, config, backbone, context, asked))
         if ranks.is_main:
             show(results)
-            if len(outputs) > 1:
-                print(f"all on one page: {write_report(Path(os.path.commonpath(outputs)))}", flush=True)
+            write_pages(outputs)
     finally:
         ranks.close()
     return 0
@@ -67,8 +66,16 @@ def _run(suite: Suite, config: object, backbone: Backbone, context: Context, ask
     if context.ranks.is_main:
         result.protocol["preset"] = asked.preset
         path = write_result(context.output, result, backbone, asked.weights, time.perf_counter() - start)
-        print(f"{suite.name}: {path}, {write_report(context.output)}", flush=True)
+        print(f"{suite.name}: {path}", flush=True)
     return result
+
+
+def write_pages(outputs: Sequence[Path]) -> None:
+    """A page beside each result, and one of all; when everything is measured, so that nothing waits for pictures."""
+    pages = [write_report(output) for output in outputs]
+    if len(pages) > 1:
+        pages.append(write_report(Path(os.path.commonpath(outputs))))
+    print(f"to look at: {pages[-1]}", flush=True)
 
 
 def output_of(asked: Namespace, suite: str, backbone: Backbone, alone: bool) -> Path:
