@@ -31,6 +31,9 @@ How good is a backbone? Of dinoreg, DINOv2, timm, Hugging Face, ...: what it is,
 """
 
 
+PARTS = ("train=", "test=", "val=")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one suite, or all, and exit with 0, or 2 for a mistake, told in one line."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in dinoreg.cli
@@ -52,7 +55,7 @@ def one(suite: Suite, words: Sequence[str]) -> int:
         examples:
           dinoreg-eval {suite.name} --weights runs/mine --data /data/{suite.data}
           dinoreg-eval {suite.name} --weights dinov2_vits14_reg4_pretrain.pth --data DIR --output results/{suite.name}
-          dinoreg-eval {suite.name} --weights FILE --data train=DIR --data test=DIR --preset quick
+          dinoreg-eval {suite.name} --weights FILE --data train=DIR test=DIR --preset quick
           torchrun --nproc-per-node 8 -m eval {suite.name} --weights FILE --data DIR
 
         Every option with its default and its meaning: {suite.config} in {suite.module.replace(".", "/")}.py.""",
@@ -65,7 +68,10 @@ def one(suite: Suite, words: Sequence[str]) -> int:
 
     from eval.running import Job, run_jobs
 
-    return run_jobs(asked, [Job(suite, asked.data, asked.overrides)])
+    # `--data train=DIR test=DIR` is how most would write it.
+    parts = [word for word in asked.overrides if word.startswith(PARTS)]
+    rest = [word for word in asked.overrides if word not in parts]
+    return run_jobs(asked, [Job(suite, asked.data + parts, rest)])
 
 
 def every(words: Sequence[str]) -> int:

@@ -65,6 +65,13 @@ def test_a_suite_writes_what_it_found_and_how(
     assert "4 registers" in out
 
 
+def test_parts_of_the_data_can_be_named_one_after_the_other(tmp_path: Path, data: Path, weights: Path) -> None:
+    words = ("--weights", weights, "--output", tmp_path / "out", "--cache", tmp_path / "cache", "max_train=20")
+    assert run("knn", *words, "--data", f"train={data / 'train'}", f"test={data / 'val'}") == 0
+    found = read(tmp_path / "out")
+    assert (found["data"]["train"], found["data"]["test"]) == (20, 24)
+
+
 def test_all_runs_every_suite_for_which_data_are_given(
     tmp_path: Path, data: Path, weights: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
