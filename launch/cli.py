@@ -76,7 +76,7 @@ def sweep(words: Sequence[str]) -> int:
         "in the queue; with more values, the new ones.",
         """\
         examples:
-          dinoreg-launch sweep vitl14_registers model.num_registers=0,1,2,4,8,16 run_dir=runs/registers launch.array=4
+          dinoreg-launch sweep vits14_in1k model.num_registers=0,1,2,4,8,16 run_dir=runs/registers launch.array=4
           dinoreg-launch sweep RECIPE optim.lr=1e-3,2e-3 seed=0,1,2 run_dir=runs/lr --dry-run    its runs, and no job
           dinoreg-launch sweep RECIPE 'optim.betas=[0.9,0.95],[0.9,0.999]'   a list is an axis when there are several
           dinoreg-launch sweep --table runs/registers                        at any time: table.csv, table.md, plot.png

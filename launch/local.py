@@ -61,6 +61,13 @@ def job_ids(pid: int, count: int) -> list[str]:
     return [str(pid)] if count == 1 else [f"{pid}_{element}" for element in range(count)]
 
 
+def gpus_of(slot: int, count: int, visible: str | None) -> str:
+    """CUDA_VISIBLE_DEVICES of the job in a place: its own, of those that whoever submitted it may use."""
+    places = range(slot * count, (slot + 1) * count)
+    known = visible.split(",") if visible else [str(place) for place in range(places.stop)]
+    return ",".join(known[places.start : places.stop])
+
+
 @dataclass
 class Element:
     """One job: its tasks, which are started again as long as that helps."""
@@ -80,7 +87,7 @@ class Element:
     def begin(self, plan: Plan, slot: int) -> bool:
         """Start all tasks; False where that was in vain too often."""
         folder, asked, world = Path(plan.folder), plan.asked, plan.asked.tasks_a_node
-        gpus = ",".join(str(slot * asked.gpus_a_node + gpu) for gpu in range(asked.gpus_a_node))
+        gpus = gpus_of(slot, asked.gpus_a_node, os.environ.get("CUDA_VISIBLE_DEVICES"))
         python = [asked.python or sys.executable, *self.task.words()]
         lines = [*surroundings(asked), f"cd {shlex.quote(self.task.working_folder())}", 'exec "$0" "$@"']
         self.first_end = None

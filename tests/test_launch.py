@@ -17,6 +17,7 @@ from dinoreg.train.recipe import RunConfig
 from launch.checks import find_partition, why_local
 from launch.config import LaunchConfig, minutes_of
 from launch.glance import glance
+from launch.local import gpus_of as own_gpus
 from launch.logs import reason_in
 from launch.record import Job, Start, editing, read_jobs
 from launch.slurm import Partition, gpus_of
@@ -155,6 +156,12 @@ def test_a_job_that_starts_in_vain_once_too_often_ends(tmp_path: Path) -> None:
 def test_local_peers_find_each_other_and_no_others() -> None:
     first, second, other = (peers(job, rank, 2) for job, rank in (("4711", 0), ("4711", 1), ("4712", 0)))
     assert first["MASTER_PORT"] == second["MASTER_PORT"] != other["MASTER_PORT"] and second["RANK"] == "1"
+
+
+def test_local_jobs_that_run_at_once_have_gpus_of_their_own() -> None:
+    assert [own_gpus(slot, 2, None) for slot in (0, 1)] == ["0,1", "2,3"]
+    assert [own_gpus(slot, 1, "5,7") for slot in (0, 1, 2)] == ["5", "7", ""]
+    assert own_gpus(0, 0, "5,7") == ""
 
 
 @pytest.mark.parametrize(
