@@ -17,6 +17,7 @@ from eval.report.read import Evaluation, find_evaluations
 from eval.results import write_atomically
 
 MARKS = {"better": "▲", "worse": "▼", "within": "≈"}
+FIRST, EACH = 26, 18  # characters of a line that the first two columns take, and each of the others
 COLOURS = {"better": "green", "worse": "red", "within": "dim"}
 
 
@@ -33,34 +34,47 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def gather(places: Sequence[Path]) -> list[Evaluation]:
-    """All results in the places, each once, in the order of the places. Raises ConfigError."""
-    found = {each.path.resolve(): each for place in places for each in find_evaluations(place)}
-    return list(found.values())
+def gather(places: Sequence[Path]) -> list[list[Evaluation]]:
+    """The results of each place; those that lie in several are the first one's. Raises ConfigError."""
+    seen: set[Path] = set()
+    found = []
+    for place in places:
+        new = [each for each in find_evaluations(place) if each.path.resolve() not in seen]
+        seen.update(each.path.resolve() for each in new)
+        found.append(new)
+    return found
 
 
 def show(grid: Grid) -> None:
-    """The table for a terminal, and what must be said of it."""
+    """Tables for a terminal, as many columns in each as are to be read, and what must be said of them."""
     console = Console()
-    table = Table(title="95 % intervals; differences from the first row", title_justify="left", show_lines=True)
-    table.add_column("model")
-    table.add_column("registers", justify="right")
-    for heading in headings(grid):
-        table.add_column("\n".join(heading), justify="right")
-    for row in grid.rows:
-        table.add_row(row.name, shown(row.registers), *(_cell(grid, row, column) for column in grid.columns))
-    for known in grid.published():
-        values = [
-            str(known.scores[column.published]) if known in column.rows else "" for column in grid.columns
-        ]  # fmt: skip
-        table.add_row(f"{known.model}\n[dim]{known.source.short}[/dim]", shown(known.registers), *values)
-    console.print(table)
-    lines = [f"{MARKS['better']} better, {MARKS['worse']} worse than the first row; {MARKS['within']} may be chance"]
+    at_once = max(2, (console.width - FIRST) // EACH)
+    for start in range(0, len(grid.columns), at_once):
+        console.print(_table(grid, grid.columns[start : start + at_once], headings(grid)[start : start + at_once]))
+    lines = [
+        f"95 % intervals; differences from {grid.rows[0].name}: {MARKS['better']} better, {MARKS['worse']} worse, "
+        f"{MARKS['within']} may be chance"
+    ]
     lines += [*grid.remarks(), *unpublished(grid)]
     if len(grid.all) > len(grid.rows):
         lines.append(f"{len(grid.all) - len(grid.rows)} more steps of these runs are plotted with --output FILE.html")
     for line in lines:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _table(grid: Grid, columns: Sequence[Column], heads: Sequence[Sequence[str]]) -> Table:
+    table = Table(show_lines=True)
+    table.add_column("model", overflow="fold")
+    table.add_column("reg.", justify="right")
+    for heading in heads:
+        table.add_column("\n".join(heading), justify="right", overflow="fold", max_width=EACH - 3)
+    for row in grid.rows:
+        table.add_row(row.name, shown(row.registers), *(_cell(grid, row, column) for column in columns))
+    for known in grid.published():
+        if any(known in column.rows for column in columns):
+            values = [str(known.scores[column.published]) if known in column.rows else "" for column in columns]
+            table.add_row(f"{known.model}\n[dim]{known.source.short}[/dim]", shown(known.registers), *values)
+    return table
 
 
 def _cell(grid: Grid, row: Checkpoint, column: Column) -> str:

@@ -22,9 +22,10 @@ FOLLOWS |= {"max_train", "max_test"}  # the data's hash is of the images that ar
 
 @dataclass
 class Checkpoint:
-    """One set of weights with all its results."""
+    """One set of weights with all its results. place: the number of the place that the user named."""
 
     name: str
+    place: int
     evaluations: list[Evaluation]
 
     @property
@@ -89,18 +90,19 @@ class Column:
 
 @dataclass
 class Grid:
-    """All that is compared. rows: what a table shows, of each run the newest step; all: every checkpoint."""
+    """All that is compared. rows: what a table shows, of each run in a place the newest step; all: every checkpoint."""
 
     all: list[Checkpoint]
     rows: list[Checkpoint]
     columns: list[Column]
 
     @staticmethod
-    def of(found: Sequence[Evaluation]) -> Grid:
-        """found: in the order in which they were named; the first one's checkpoint is the reference."""
-        first = {each.digest: number for number, each in reversed(list(enumerate(found)))}
-        groups = by_checkpoint(found)
-        everything = [Checkpoint(name_of(groups[digest]), groups[digest]) for digest in sorted(groups, key=first.get)]  # type: ignore[arg-type]
+    def of(places: Sequence[Sequence[Evaluation]]) -> Grid:
+        """places: what was found in each; the first checkpoint is the reference."""
+        found = [each for place in places for each in place]
+        place_of = {each.digest: number for number, place in reversed(list(enumerate(places))) for each in place}
+        groups = sorted(by_checkpoint(found).items(), key=lambda item: place_of[item[0]])
+        everything = [Checkpoint(name_of(group), place_of[digest], group) for digest, group in groups]
         _tell_apart(everything)
         columns = {column: None for each in sorted(found, key=order) for column in _columns(each)}
         return Grid(everything, _newest(everything), list(columns))
@@ -175,10 +177,10 @@ def _columns(evaluation: Evaluation) -> list[Column]:
 
 
 def _newest(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
-    """Of each run the newest step that has the most results; all that are of no run."""
+    """Of each run in a place the newest step that has the most results; all that are of no run."""
     chosen: dict[Any, Checkpoint] = {}
     for number, each in enumerate(checkpoints):
-        key: Any = number if each.run is None else each.run.resolve()
+        key: Any = number if each.run is None else (each.place, each.run.resolve())
         known = chosen.get(key)
         if known is None or _rank(each) > _rank(known):
             chosen[key] = each

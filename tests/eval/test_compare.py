@@ -126,6 +126,18 @@ def test_a_run_is_a_row_with_its_newest_step_and_a_line_in_the_plot(
     assert "DINOv2 ViT-g/14" in content.split("published figures, for orientation")[0]
 
 
+def test_steps_of_a_run_that_are_named_are_rows(tmp_path: Path) -> None:
+    steps = write_run(tmp_path / "run", {100: 0.3, 200: 0.45, 300: 0.5}) / "eval" / "knn"
+    grid = Grid.of(gather([steps / "step_00000300", steps / "step_00000100"]))
+    assert [row.name for row in grid.rows] == ["run, step 300", "run, step 100"]
+
+
+def test_names_that_several_have_are_told_apart(tmp_path: Path) -> None:
+    places = [write_knn(tmp_path / name, 0.5, weights="same.safetensors", digest=9 * name) for name in "ab"]
+    names = {row.name for row in Grid.of(gather(places)).rows}
+    assert len(names) == 2 and all(name.startswith("same (") for name in names)
+
+
 def test_scores_are_plotted_against_registers(tmp_path: Path) -> None:
     for count, accuracy in ((0, 0.5), (4, 0.6), (16, 0.55)):
         folder = write_knn(tmp_path / f"r{count}", accuracy)
