@@ -29,17 +29,21 @@ def pictures(evaluation: Evaluation) -> Html:
 def _row(folder: Path, entry: dict[str, Any]) -> Html:
     """The photo, the truth, the prediction(s)."""
     parts = {name: folder / file for name, file in entry.items() if name != NAME and isinstance(file, str)}
-    shown = [
-        figure(
-            image(path, f"{entry.get(NAME, '')}: {name}", photo=name == PHOTO or "low_m" in entry),
-            _caption(name, entry),
-        )
-        if path.is_file()
-        else tag("p", f"{path.name} is no longer there", class_="soft small")
-        for name, path in parts.items()
-    ]
+    shown = [_picture(path, name, entry) for name, path in parts.items()]
     columns = f"grid-template-columns: repeat({max(3, len(shown))}, 1fr)"
     return text(tag("div", *shown, class_="pictures", style=columns), _scale(entry))
+
+
+def _picture(path: Path, part: str, entry: dict[str, Any]) -> Html:
+    """One of them; a word instead where the file is lost or damaged."""
+    try:
+        # Labels lose their meaning with their exact colours, depths do not.
+        drawn = image(path, f"{entry.get(NAME, '')}: {part}", photo=part == PHOTO or "low_m" in entry)
+    except FileNotFoundError:
+        return tag("p", f"{path.name} is no longer there", class_="soft small")
+    except OSError:
+        return tag("p", f"{path.name} cannot be read", class_="soft small")
+    return figure(drawn, _caption(part, entry))
 
 
 def _caption(part: str, entry: dict[str, Any]) -> str:

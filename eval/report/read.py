@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,8 +89,11 @@ class Evaluation:
         path = self.path.with_name(OUTCOMES)
         if not path.is_file():
             return {}
-        with np.load(path, allow_pickle=False) as stored:
-            return {name: stored[name] for name in stored.files}
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                return {name: stored[name] for name in stored.files}
+        except (OSError, EOFError, ValueError, BadZipFile) as error:
+            raise ConfigError(f"{path} is damaged ({error}): without it figures are compared unpaired") from error
 
     @property
     def bad(self) -> dict[str, str]:
@@ -124,11 +128,15 @@ def read_evaluation(path: Path) -> Evaluation:
         content = json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as results of dinoreg-eval: {error}") from error
-    lacking = [key for key in NEEDED if not isinstance(content, dict) or key not in content]
-    if lacking or not content["scores"]:
-        raise ConfigError(f"{path} is no result of dinoreg-eval: it has no {lacking[0] if lacking else 'scores'}")
+    known: dict[str, Any] = content if isinstance(content, dict) else {}
+    data: Any = known.get("data") or {}
+    lacking = [key for key in NEEDED if not known.get(key)] + [
+        f"data.{key}" for key in ("name", "test") if key not in data
+    ]
+    if lacking:
+        raise ConfigError(f"{path} is no result of dinoreg-eval: it has no {lacking[0]}")
     try:
-        found = Evaluation(path, content)
+        found = Evaluation(path, known)
         assert found.scores  # parses them
     except TypeError as error:
         raise ConfigError(f"{path} holds scores that are none of dinoreg-eval: {error}") from error

@@ -164,6 +164,14 @@ def test_mistakes_are_one_line(
     assert said in error and error.count("\n") == 1
 
 
+def test_damaged_outcomes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [write_knn(tmp_path / name, RIGHT) for name in "ab"]
+    stored = folders[0] / "outcomes.npz"
+    stored.write_bytes(stored.read_bytes()[:100])
+    assert compare(*folders) == 2
+    assert "outcomes.npz is damaged" in capsys.readouterr().err
+
+
 def test_results_from_before_outcomes_were_kept_are_compared_unpaired(tmp_path: Path) -> None:
     folders = [write_knn(tmp_path / name, RIGHT) for name in "ab"]
     (folders[0] / "outcomes.npz").unlink()

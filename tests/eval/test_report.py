@@ -91,13 +91,14 @@ def test_predictions_stand_beside_the_truth_and_lost_pictures_are_said(tmp_path:
     for part in ("image", "truth", "prediction_lin1"):
         Image.fromarray(np.full((30, 40, 3), 128, dtype=np.uint8)).save(folder / "pictures" / f"{part}.png")
     entry: dict[str, Any] = {part: f"pictures/{part}.png" for part in ("image", "truth", "prediction_lin1", "lost")}
-    entry |= {"name": "room.jpg", "low_m": 0.5, "high_m": 4.25}
+    (folder / "pictures" / "torn.png").write_bytes(b"\x89PNG")
+    entry |= {"torn": "pictures/torn.png", "name": "room.jpg", "low_m": 0.5, "high_m": 4.25}
     write_knn(folder / "x", 0.5)
     content = read_content(folder / "x")
     content["details"] = {"pictures": [entry]}
     page = stands_alone(write_report(write_content(folder, content)))
     assert page.count("<img") == 3 and "predicted from 1 block" in page and "0.5 m" in page
-    assert "lost.png is no longer there" in page
+    assert "lost.png is no longer there" in page and "torn.png cannot be read" in page
 
 
 def test_of_a_run_the_page_is_about_the_newest_step_and_names_the_others(tmp_path: Path) -> None:
@@ -110,7 +111,16 @@ def test_of_a_run_the_page_is_about_the_newest_step_and_names_the_others(tmp_pat
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(None, "no results.json in"), ("{", "cannot be read as results"), ("{}", "it has no suite"), ("[]", "no suite")],
+    [
+        (None, "no results.json in"),
+        ("{", "cannot be read as results"),
+        ("{}", "it has no suite"),
+        ("[]", "no suite"),
+        (
+            '{"suite": "a", "scores": {"a": {}}, "protocol": {"k": 1},"digest": "d", "found": "f", "data": {"name": ""}}',
+            "no data.test",
+        ),
+    ],
 )
 def test_what_is_no_result_is_told_in_one_line(tmp_path: Path, content: str | None, said: str) -> None:
     if content is not None:
