@@ -117,7 +117,7 @@ def test_of_a_run_the_page_is_about_the_newest_step_and_names_the_others(tmp_pat
         ("{}", "it has no suite"),
         ("[]", "no suite"),
         (
-            '{"suite": "a", "scores": {"a": {}}, "protocol": {"k": 1},"digest": "d", "found": "f", "data": {"name": ""}}',
+            '{"suite": "a", "scores": {"a": 1}, "protocol": [1], "digest": "d", "found": 1, "data": {"name": ""}}',
             "no data.test",
         ),
     ],
