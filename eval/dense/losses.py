@@ -56,8 +56,8 @@ def gradient_loss(errors: Sequence[Tensor], truth: Sequence[Tensor]) -> Tensor:
             _differences(error[::every, ::every], t[::every, ::every] > 0)
             for error, t in zip(errors, truth, strict=True)
         ]
-        known = sum(int((t[::every, ::every] > 0).sum()) for t in truth)
-        total = total + torch.stack(parts).sum() / max(1, known)
+        known = torch.stack([(t[::every, ::every] > 0).sum() for t in truth]).sum()
+        total = total + torch.stack(parts).sum() / known.clamp(min=1)
     return total
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dinoreg.config import ConfigError
-from dinoreg.data.images import DataError
+from dinoreg.data.images import BadImage, DataError
 
 MAT = "nyu_depth_v2_labeled.mat"
 SPLITS = "splits.mat"  # of the same authors: which 795 frames are for training and which 654 for testing
@@ -34,9 +34,12 @@ class MatPairs:
         return f"{self.path}: frame {self.rows[index] + 1}"
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
-        with _h5py().File(self.path) as file:
-            image = file["images"][int(self.rows[index])].transpose(0, 2, 1)
-            depth = file["depths"][int(self.rows[index])].T
+        try:
+            with _h5py().File(self.path) as file:
+                image = file["images"][int(self.rows[index])].transpose(0, 2, 1)
+                depth = file["depths"][int(self.rows[index])].T
+        except OSError as error:
+            raise BadImage("unreadable", str(error)) from error
         return torch.from_numpy(np.ascontiguousarray(image)), torch.from_numpy(np.ascontiguousarray(depth)).float()
 
     def target(self, index: int) -> Tensor:

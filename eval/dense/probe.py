@@ -18,7 +18,17 @@ from eval.backbone import Backbone
 from eval.compute import Precision, load, resolve_precision
 from eval.dense.frame import Mapper
 from eval.dense.pairs import Pairs, reason_of, take
-from eval.dense.samples import Augmentation, Augmented, FromImages, FromStored, Source, Stored, Whole, too_many
+from eval.dense.samples import (
+    Augmentation,
+    Augmented,
+    FromImages,
+    FromStored,
+    Source,
+    Stored,
+    Whole,
+    good_ones,
+    too_many,
+)
 from eval.dense.training import Loss, Schedule, Training
 from eval.results import Result, Score
 from eval.suite import Context
@@ -155,8 +165,8 @@ class DenseProbe:
     def _mine(self, places: range) -> Iterator[tuple[int, Tensor, Tensor, bool]]:
         batches = [[place] for place in places]
         loaded = load(Whole(self.test, 0), batches, self.context, 2**24)
-        for place, (pixels, target, good) in zip(places, loaded, strict=True):
-            yield place, pixels[0], target[0], bool(good)
+        for place, (pixels, target, troubles) in zip(places, loaded, strict=True):
+            yield place, pixels[0], target[0], good_ones(troubles)[0]
 
     def _leave_out(self, pairs: Pairs, places: Sequence[int]) -> None:
         """Says which images cannot be read, once."""

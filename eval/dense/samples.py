@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from dinoreg.config import ConfigError
 from dinoreg.data.counter import Purpose, generator
-from dinoreg.data.images import BadImage
+from dinoreg.data.images import BadImage, DataError
 from eval.augment import Order, numbers_of
 from eval.compute import load
 from eval.dense.frame import Frame, Mapper, Maps
@@ -29,6 +29,7 @@ from eval.suite import Context
 VERSION = 1  # of what is stored
 LEAST_TRIED = 100  # images before the share of bad ones is judged
 KEPT = 1024  # targets in memory
+UNREADABLE = "unreadable"
 
 Batch = list[tuple[Maps, Tensor]]  # maps of equally large images, and their targets (B, H, W) on the device
 
@@ -51,8 +52,30 @@ class Source(Protocol):
     def batches(self, start: int) -> Iterator[Batch]: ...
 
 
-class Augmented(Dataset[tuple[Tensor, Tensor, Tensor, int, bool]]):
-    """number -> pixels and target, the size they fill, the place in the pairs, whether it could be read.
+def attempt(pairs: Pairs, where: int) -> tuple[Tensor, Tensor, str]:
+    """An image, its target and the trouble: none, UNREADABLE, or what is wrong with the data, for `good_ones`.
+
+    A process that decodes cannot raise what is one line for people: torch adds its own history to it.
+    """
+    try:
+        return *pairs.read(where), ""
+    except BadImage:
+        trouble = UNREADABLE
+    except DataError as error:
+        trouble = str(error)
+    return torch.zeros(3, 1, 1, dtype=torch.uint8), torch.zeros(1, 1), trouble
+
+
+def good_ones(troubles: Sequence[str]) -> list[bool]:
+    """Which could be read. Raises DataError."""
+    for trouble in troubles:
+        if trouble not in ("", UNREADABLE):
+            raise DataError(trouble)
+    return [not trouble for trouble in troubles]
+
+
+class Augmented(Dataset[tuple[Tensor, Tensor, Tensor, int, str]]):
+    """number -> pixels and target, the size they fill, the place in the pairs, the trouble with them.
 
     What cannot be read is black, with a target that is unknown everywhere.
     """
@@ -61,16 +84,13 @@ class Augmented(Dataset[tuple[Tensor, Tensor, Tensor, int, bool]]):
         self.pairs, self.augmentation, self.seed = pairs, augmentation, seed
         self.order = Order(len(pairs), seed)
 
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, Tensor, int, bool]:
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, Tensor, int, str]:
         where, change = self.order.place(number), self.augmentation
-        try:
-            pixels, target = self.pairs.read(where)
-            good = True
-        except BadImage:
-            pixels, target = torch.zeros(3, 1, 1, dtype=torch.uint8), torch.full((1, 1), change.unknown)
-            good = False
+        pixels, target, trouble = attempt(self.pairs, where)
+        if trouble:
+            target = torch.full_like(target, change.unknown)
         pixels, target = change(pixels, target, generator(self.seed, Purpose.CROP, number))
-        return *place(pixels, target.float(), change.size, change.unknown), where, good
+        return *place(pixels, target.float(), change.size, change.unknown), where, trouble
 
 
 class FromImages:
@@ -88,8 +108,9 @@ class FromImages:
         """From step `start` on. Raises ConfigError where too many cannot be read."""
         numbers = numbers_of(start, self.steps, self.batch, self.context.ranks)
         height, width = self.images.augmentation.size
-        for pixels, target, sizes, places, good in load(self.images, numbers, self.context, 7 * height * width):
-            self._judge(places[~good].tolist(), len(good))
+        for pixels, target, sizes, places, troubles in load(self.images, numbers, self.context, 7 * height * width):
+            good = good_ones(troubles)
+            self._judge([place for place, fine in zip(places.tolist(), good, strict=True) if not fine], len(good))
             yield [(self.mapper(pixels, sizes), target.to(self.context.device, non_blocking=True))]
 
     def _judge(self, bad: list[int], count: int) -> None:
@@ -109,8 +130,8 @@ def too_many(pairs: Pairs, bad: Sequence[int], failed: int, tried: int, most: fl
     )
 
 
-class Whole(Dataset[tuple[Tensor, Tensor, bool]]):
-    """Whole images with their targets, the images resized to a short side (0 = as they are)."""
+class Whole(Dataset[tuple[Tensor, Tensor, str]]):
+    """Whole images with their targets and the trouble, the images resized to a short side (0 = as they are)."""
 
     def __init__(self, pairs: Pairs, short: int) -> None:
         self.pairs, self.short = pairs, short
@@ -118,12 +139,9 @@ class Whole(Dataset[tuple[Tensor, Tensor, bool]]):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, where: int) -> tuple[Tensor, Tensor, bool]:
-        try:
-            pixels, target = self.pairs.read(where)
-        except BadImage:
-            return torch.zeros(3, 1, 1, dtype=torch.uint8), torch.zeros(1, 1), False
-        return self.resize(pixels), target, True
+    def __getitem__(self, where: int) -> tuple[Tensor, Tensor, str]:
+        pixels, target, trouble = attempt(self.pairs, where)
+        return self.resize(pixels), target, trouble
 
     def resize(self, pixels: Tensor) -> Tensor:
         """uint8 (3, H, W) -> (3, h, w)."""
@@ -154,8 +172,9 @@ class Stored:
         mine = missing[ranks.rank :: ranks.world]
         with self.context.progress(self.what, count, count - len(missing)) as advance:
             batches = [[place] for place in mine]
-            for place, (pixels, _, good) in zip(mine, load(self.images, batches, self.context, 2**22), strict=True):
-                self._write(place, pixels, bool(good))
+            loaded = load(self.images, batches, self.context, 2**22)
+            for place, (pixels, _, troubles) in zip(mine, loaded, strict=True):
+                self._write(place, pixels, good_ones(troubles)[0])
                 advance(ranks.world)
         ranks.barrier()
         bad = ranks.from_main(lambda: sorted(int(file.stem) for file in self.folder.glob("*.bad")))

@@ -114,6 +114,13 @@ def test_labels_outside_the_set_end_the_run_in_one_line(tmp_path: Path, scenes: 
         run_suite("ade20k-linear", Seeing(), surroundings(tmp_path, scenes), *SHORT, "classes=3")
 
 
+def test_processes_that_decode_say_what_is_wrong_in_one_line_too(tmp_path: Path, scenes: Path) -> None:
+    context = surroundings(tmp_path, scenes)
+    context.workers = 1
+    with pytest.raises(DataError, match=r"^[^\n]*holds the label 3[^\n]*$"):
+        run_suite("ade20k-linear", Seeing(), context, *SHORT, *SMALL, "classes=3", "steps=500")
+
+
 def values(result: Result) -> dict[str, float]:
     return {name: score.value for name, score in result.scores.items()}
 
