@@ -130,10 +130,12 @@ def evaluate(weights: Path, data: DemoData) -> list[Path]:
     found = f"*/{weights.stem}/results.json"
     folder = weights.parents[1] / "eval"
     if not any(folder.glob(found)) or not (folder / "report.html").is_file():  # the last that is written
-        words = ["all", "--weights", str(weights), *PROTOCOL, "--cache", str(folder / "features")]
-        words += ["--data-imagenet", f"train={data.seen_crops}", "--data-imagenet", f"test={data.unseen_crops}"]
-        # As a command of its own, for this package knows nothing of eval.
-        ended = subprocess.run([sys.executable, "-m", "eval", *words])
+        known, asked = (Path(crops).absolute() for crops in (data.seen_crops, data.unseen_crops))
+        words = ["all", "--weights", str(weights.absolute()), *PROTOCOL, "--cache", str(folder.absolute() / "features")]
+        words += ["--data-imagenet", f"train={known}", "--data-imagenet", f"test={asked}"]
+        # A command of its own, for this package knows nothing of eval; from where both lie, for the user's folder may
+        # hold another package of that name.
+        ended = subprocess.run([sys.executable, "-m", "eval", *words], cwd=Path(__file__).parents[1])
         if ended.returncode:
             raise ConfigError(f"the evaluation ended with {ended.returncode}: dinoreg-eval {' '.join(words)}")
     return sorted(folder.glob(found))
