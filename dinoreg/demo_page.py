@@ -68,7 +68,7 @@ def _curves(history: Sequence[Mapping[str, float]], photos: int) -> Html:
     knn = _series(history, "k-NN", "knn/top1", scale=100.0, marks=True)
     drawn = []
     if loss.dots:
-        said = "What is optimised: DINO, iBOT and KoLeo together. It cannot reach 0."
+        said = "What is optimised: DINO, iBOT and KoLeo together."
         drawn.append(figure(lines([loss], across="step", up="loss", width=440, height=270), said))
     if knn.dots:
         said = f"From which photo is a crop of a part that was never trained on? Guessing: {100 / photos:.1f} %."
