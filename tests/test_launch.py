@@ -218,6 +218,14 @@ def test_status_says_whether_a_cancelled_run_was_saved(log: str, note: str, tmp_
     assert shown[2].startswith(f"    {note}")
 
 
+def test_status_counts_the_requeues_of_all_jobs_of_a_run(tmp_path: Path) -> None:
+    for number, starts in (("99999998", 3), ("99999999", 2)):
+        with editing(tmp_path, number) as job:
+            job.cluster, job.host = "local", socket.gethostname()
+            job.starts = [Start(restart, "", 0, "n") for restart in range(starts)]
+    assert table(rows([tmp_path])).splitlines()[1].split()[-1] == "3"
+
+
 def test_tasks_of_this_machine_run_stop_and_go_on(images: Path, tmp_path: Path) -> None:
     run_dir, env = tmp_path / "run", outside()
     options = [TINY, f"data.sources={images}", *FAST, f"run_dir={run_dir}", "train.steps=400", "checkpoint.every=200"]
