@@ -7,8 +7,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # By exact version and before all else: of this version a machine's package index may offer a CPU build, and any wish
 # left open would bring gigabytes of CUDA libraries to machines without a GPU.
 TORCH := torch==2.13.0
-# Two processes by themselves: most tests wait for processes of their own half of the time.
-PYTEST_ARGS ?= -n 2 --dist loadgroup
+# In two processes: half of the time most tests wait for processes of their own. A file stays in one, for its fixtures; the
+# longest files come first by their names.
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format clean

@@ -17,17 +17,6 @@ from dinoreg.train.checkpoint import CheckpointConfig, Checkpointer
 torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# Tests run in several processes (pytest -n). Those that share what takes long to make stay in one.
-TOGETHER = ("test_checkpoint.py", "test_checkpoint_damage.py", "test_faults.py", "test_trainer.py", "slurm/")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Name the groups for `pytest --dist loadgroup`."""
-    for item in items:
-        path = item.path.relative_to(REPOSITORY / "tests").as_posix()
-        for group in TOGETHER:
-            if path.startswith(group):
-                item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
