@@ -93,30 +93,23 @@ def middle(maps: Sequence[Path]) -> float:
 def find_scale(maps: Sequence[Path], asked: float) -> tuple[float, str]:
     """Values a metre, and how that is known. asked: as the user said, 0 = to be found. Raises ConfigError."""
     typical = middle(maps)
-    where = maps[0].parent
-    if not asked:
-        scale = MILLIMETRES if typical > FARTHEST else 1.0
-        unit = "millimetres" if scale == MILLIMETRES else "metres"
-        if typical / scale < NEAREST:
-            raise ConfigError(
-                f"half of the depths in {where} are below {typical:g}: neither metres nor millimetres of a scene; "
-                "say how many make a metre",
-                "scale",
-            )
-        return scale, f"{unit} (the middle value is {typical:.4g}, so {typical / scale:.3g} m)"
-    if typical / asked > FARTHEST:
+    scale = asked or (MILLIMETRES if typical > FARTHEST else 1.0)
+    metres, where = typical / scale, f"half of the depths in {maps[0].parent} would be"
+    if metres > FARTHEST:
         raise ConfigError(
-            f"half of the depths in {where} would be beyond {typical / asked:.4g} m: these are millimetres taken for "
-            f"metres; scale={MILLIMETRES:g} is right for millimetres, scale=0 finds it",
+            f"{where} beyond {metres:.4g} m: these are millimetres taken for metres; scale={MILLIMETRES:g} is right "
+            "for them, scale=0 finds it",
             "scale",
         )
-    if typical / asked < NEAREST:
+    if metres < NEAREST:
         raise ConfigError(
-            f"half of the depths in {where} would be below {typical / asked:.2g} m: scale=1 is right for metres, "
-            "scale=0 finds it",
+            f"{where} below {metres:.2g} m: scale says how many of the values make a metre, 1 where they are metres",
             "scale",
         )
-    return asked, f"{asked:g} a metre, as given (the middle value is {typical / asked:.3g} m)"
+    if asked:
+        return scale, f"{scale:g} a metre, as given (the middle value is {metres:.3g} m)"
+    unit = "millimetres" if scale == MILLIMETRES else "metres"
+    return scale, f"{unit} (the middle value is {typical:.4g}, so {metres:.3g} m)"
 
 
 def open_depths(place: Place, scale: float = 0) -> DepthData:

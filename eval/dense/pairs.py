@@ -22,7 +22,7 @@ from eval.suite import Place
 TEST_FOLDERS = ("val", "validation", "test", "testing")
 TRAIN_FOLDERS = ("train", "training")
 # Words in names that say what a file is, not of which scene; the longest first.
-WHAT = re.compile(r"sync_depth|depths?|colou?rs?|rgb|images?|img|left", re.IGNORECASE)
+WHAT = re.compile(r"sync_depth|depths?|colou?rs?|rgb|images?|img", re.IGNORECASE)
 
 
 class Pairs(Protocol):
@@ -172,12 +172,7 @@ def pair_depths(folder: Path) -> list[tuple[Path, Path]]:
 
     Depth maps are arrays (.npy), and files with "depth" in their name or that of a folder. Raises ConfigError.
     """
-    images: dict[str, Path] = {}
-    depths: dict[str, Path] = {}
-    for file in files_below(folder):
-        inside = file.relative_to(folder)
-        kind = depths if file.suffix == ".npy" or "depth" in str(inside).lower() else images
-        kind[re.sub(r"[\W_]+", " ", WHAT.sub("", str(inside.with_suffix("")))).strip()] = file
+    images, depths = _by_scene(folder)
     if not images:
         raise ConfigError(f"{folder} holds no images", "--data")
     lacking = [file for key, file in images.items() if key not in depths]
@@ -193,3 +188,17 @@ def pair_depths(folder: Path) -> list[tuple[Path, Path]]:
             "--data",
         )
     return [(file, depths[key]) for key, file in images.items()]
+
+
+def _by_scene(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Images and depth maps by what their names say of the scene. Raises ConfigError where two say the same."""
+    images: dict[str, Path] = {}
+    depths: dict[str, Path] = {}
+    for file in files_below(folder):
+        inside = file.relative_to(folder)
+        kind = depths if file.suffix == ".npy" or "depth" in str(inside).lower() else images
+        scene = re.sub(r"[\W_]+", " ", WHAT.sub("", str(inside.with_suffix("")))).strip()
+        if scene in kind:
+            raise ConfigError(f"{inside} and {kind[scene].relative_to(folder)} would be the same scene", "--data")
+        kind[scene] = file
+    return images, depths

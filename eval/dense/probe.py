@@ -205,18 +205,19 @@ class DenseProbe:
             **asdict(cfg), "precision": self.precision, "blocks": self.mapper.blocks, "padding": PADDING,
             "resized": f"short side to {self.short} pixels, bilinear" if self.short else "not at all", **protocol,
         }  # fmt: skip
-        about = {
+        if self._training is not None:
+            self._training.forget()
+        return Result(self.suite, scores, chosen, self._data() | data, said, {**details, "pictures": pictures}, files)
+
+    def _data(self) -> dict[str, Any]:
+        return {
             "name": Path(str(self.context.data)).name,
             "path": str(self.context.data),
             "hash": f"{self.train.digest()[:16]}-{self.test.digest()[:16]}",
             "train": len(self.train),
             "test": len(self.test),
             "bad": self.bad,
-            **data,
         }
-        if self._training is not None:
-            self._training.forget()
-        return Result(self.suite, scores, chosen, about, said, {**details, "pictures": pictures}, files)
 
 
 def last_blocks(count: int, depth: int) -> list[int]:

@@ -197,24 +197,37 @@ class Judge:
 
 def _result(probe: DenseProbe, cfg: NyudConfig, data: DepthData, seen: list[Seen], eigen: bool) -> Result:
     per_image = as_rows(seen)  # (n, heads, 6)
-    known = ~per_image.isnan().any(2).any(1)
+    known = ~per_image.isnan().flatten(1).any(1)
     if not known.any():
         raise ConfigError(f"no test image has a depth between {cfg.min_depth} and {cfg.max_depth} m", "max_depth")
     scores: dict[str, Score] = {}
     for row, count in enumerate(cfg.layers):
         scores |= depth_scores(per_image[known][:, row], f"_lin{count}")
-    blocks = probe.mapper.blocks
-    notes = [
-        f"depths are {data.found}",
-        f"lin1: block {blocks[-1]}" + (f"; lin4: blocks {blocks}" if len(blocks) > 1 else ""),
+    places = [one.place for one, good in zip(seen, known.tolist(), strict=True) if good]
+    rmse = per_image[known][:, :, 0]
+    worst = [
+        {"image": probe.test.name(places[row]).rpartition("/")[2], "rmse": [round(m, 4) for m in rmse[row].tolist()]}
+        for row in rmse[:, 0].argsort(descending=True)[:WORST].tolist()
     ]
+    about = {"unit": data.found, "values_a_metre": list(data.scales), "official": data.official}
+    notes = _notes(cfg, data, probe.mapper.blocks, int((~known).sum()), eigen)
+    return probe.result(scores, seen, _protocol(cfg, data, eigen), about, notes, worst_rmse=worst)
+
+
+def _notes(cfg: NyudConfig, data: DepthData, blocks: list[int], lost: int, eigen: bool) -> list[str]:
+    four = f"; lin4: blocks {blocks}" if len(blocks) > 1 else ""
+    notes = [f"depths are {data.found}", f"lin1: block {blocks[-1]}{four}"]
     if not eigen:
         notes.append("compared over whole images: Eigen's crop is for NYU depth v2")
-    if lost := int((~known).sum()):
+    if lost:
         notes.append(f"{lost} test images have no depth in range and do not count")
     if 4 in cfg.layers and len(blocks) < 4:
         notes.append(f"{len(blocks)} blocks instead of 4: the network has no more")
-    protocol = {
+    return notes
+
+
+def _protocol(cfg: NyudConfig, data: DepthData, eigen: bool) -> dict[str, Any]:
+    return {
         "features": "as they stand in the residual stream, without the final norm, the class token beside each patch",
         "loss": "the published gradient loss counts axes from the batch on, where it is 0 for 2 images a GPU; here it "
         "looks down and across (gradient_weight=0 is what that code computed)",
@@ -222,12 +235,4 @@ def _result(probe: DenseProbe, cfg: NyudConfig, data: DepthData, seen: list[Seen
         "compared": "Eigen's crop, rows 45:471 and columns 41:601 of 480 x 640" if eigen else "whole images",
         "unit": data.found,
         "values_a_metre": list(data.scales),
-    }  # fmt: skip
-    about = {"unit": data.found, "values_a_metre": list(data.scales), "official": data.official}
-    places = [one.place for one, good in zip(seen, known.tolist(), strict=True) if good]
-    rmse = per_image[known][:, :, 0]
-    worst = [
-        {"image": probe.test.name(places[row]).rpartition("/")[2], "rmse": [round(m, 4) for m in rmse[row].tolist()]}
-        for row in rmse[:, 0].argsort(descending=True)[:WORST].tolist()
-    ]
-    return probe.result(scores, seen, protocol, about, notes, worst_rmse=worst)
+    }

@@ -129,7 +129,7 @@ def test_millimetres_taken_for_metres_are_refused(tmp_path: Path) -> None:
     root = write_depths(tmp_path)
     with pytest.raises(ConfigError, match="these are millimetres taken for metres; scale=1000 is right"):
         open_depths(Place.of([str(root)]), scale=1)
-    with pytest.raises(ConfigError, match="scale=1 is right for metres"):
+    with pytest.raises(ConfigError, match="scale says how many of the values make a metre, 1 where they are metres"):
         open_depths(Place.of([str(write_depths(tmp_path / "m", scale=1, kind="npy"))]), scale=1000)
     assert open_depths(Place.of([str(root)]), scale=2000).scales == (2000, 2000)
 
@@ -150,6 +150,10 @@ def test_what_is_wrong_with_folders_of_depths_is_told(tmp_path: Path) -> None:
     (root / "val" / "001.depth.png").unlink()
     with pytest.raises(ConfigError, match=r"1 of 4 images in .*val have no depth map; the first is 001.color.png"):
         open_depths(Place.of([str(root)]))
+    shutil.copy(root / "train" / "000.color.png", root / "train" / "000_rgb.png")
+    with pytest.raises(ConfigError, match=r"000_rgb.png and 000.color.png would be the same scene"):
+        open_depths(Place.of([str(root)]))
+    (root / "train" / "000_rgb.png").unlink()
     for file in (root / "val").glob("*.depth.png"):
         file.unlink()
     with pytest.raises(ConfigError, match=r"val holds no depth maps with the names of its 4 images"):
