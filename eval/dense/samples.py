@@ -149,9 +149,10 @@ class Whole(Dataset[tuple[Tensor, Tensor, str]]):
 
 
 class Stored:
-    """Maps of whole images as they are, each computed once: fp16, a file an image, which is there when it is complete.
+    """Maps of whole images as they are, each computed once: a file an image, which is there when it is complete.
 
-    So what a killed process leaves is right, and ranks that share the folder share the work.
+    They are fp16, or fp32 where values are too large for it. What a killed process leaves is right, and ranks that
+    share the folder share the work.
     """
 
     def __init__(self, pairs: Pairs, short: int, mapper: Mapper, context: Context, what: str) -> None:
@@ -193,7 +194,11 @@ class Stored:
         if not good:
             write_atomically(self.file(place).with_suffix(".bad"), lambda _: None)
             return
-        state = {"size": list(pixels.shape[2:]), "tokens": self.mapper(pixels).tokens[0].half().cpu()}
+        tokens = self.mapper(pixels).tokens[0].cpu()
+        if not tokens.isfinite().all():
+            raise ConfigError(f"the features of {self.pairs.name(place)} are not finite", "--weights")
+        half = tokens.half()  # which some networks' residual stream exceeds
+        state = {"size": list(pixels.shape[2:]), "tokens": half if half.isfinite().all() else tokens}
         write_atomically(self.file(place), lambda file: torch.save(state, file))
 
     def _load(self, place: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from PIL import Image
 from dinoreg.config import ConfigError, load
 from dinoreg.data.images import DataError
 from dinoreg.models.vit import ModelConfig, build_vit
-from eval.backbone import Backbone
+from eval.backbone import Backbone, Tokens
 from eval.results import Result, write_result
 from eval.suites import SUITES
 from eval.suites.segmentation import AdeLinearConfig, AdeMsConfig
@@ -119,6 +119,27 @@ def test_processes_that_decode_say_what_is_wrong_in_one_line_too(tmp_path: Path,
     context.workers = 1
     with pytest.raises(DataError, match=r"^[^\n]*holds the label 3[^\n]*$"):
         run_suite("ade20k-linear", Seeing(), context, *SHORT, *SMALL, "classes=3", "steps=500")
+
+
+class Loud(Seeing):
+    """Its features are `factor` times as large."""
+
+    factor = 1e6  # beyond fp16
+
+    def layers(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().layers(*args, **kwargs)
+        return [Tokens(t.cls * self.factor, t.registers, t.patches * self.factor, t.grid) for t in found]
+
+
+def test_features_beyond_half_precision_are_kept_and_what_is_no_number_is_refused(tmp_path: Path, scenes: Path) -> None:
+    loud = Loud()
+    result = run_suite("ade20k-linear", loud, surroundings(tmp_path / "loud", scenes), *SHORT)
+    assert result.scores["pixel_accuracy"].value > 92
+    loud.factor = float("nan")
+    with pytest.raises(ConfigError, match=r"--weights: the features of .*000.png are not finite"):
+        run_suite("ade20k-linear", loud, surroundings(tmp_path / "nan", scenes), *SHORT)
+    with pytest.raises(ConfigError, match="the loss is not finite at step 0"):
+        run_suite("ade20k-linear", loud, surroundings(tmp_path / "crops", scenes), *SHORT, *SMALL)
 
 
 def values(result: Result) -> dict[str, float]:
