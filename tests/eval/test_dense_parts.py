@@ -13,6 +13,7 @@ from eval.dense.frame import Frame, Maps
 from eval.dense.heads import DepthHead, MaskHead, SyncNorm
 from eval.dense.losses import gradient_loss, log_errors, mask_loss, scale_invariant_loss
 from eval.dense.metrics import IGNORED, areas, class_table, depth_scores, depth_values, mask_scores
+from eval.dense.pictures import RAMP, colour, paint_depths, paint_labels
 from eval.dense.slide import classify, slide, starts
 from eval.dense.training import Schedule
 from eval.dense.transforms import (
@@ -316,3 +317,24 @@ def test_turning_by_nothing_changes_nothing() -> None:
     turned, depth = rotate(pixels, target, 0.0)
     torch.testing.assert_close(turned, pixels)
     torch.testing.assert_close(depth, target)
+
+
+def test_every_class_has_a_colour_of_its_own() -> None:
+    colours = [colour(label) for label in range(-1, 150)]
+    assert colours[0] == (0, 0, 0)
+    assert len(set(colours)) == 151
+    painted = paint_labels(torch.tensor([[IGNORED, 3], [0, 149]]))
+    assert [tuple(pixel) for row in painted.tolist() for pixel in row] == [
+        colours[0],
+        colours[4],
+        colours[1],
+        colours[150],
+    ]
+
+
+def test_depths_have_one_scale_of_colours_from_near_to_far() -> None:
+    painted = paint_depths(torch.tensor([[0.0, 1.0, 2.5, 4.0, 9.0]]), 1.0, 4.0)[0]
+    assert painted[0].tolist() == [0, 0, 0]  # unknown
+    assert painted[1].tolist() == RAMP[0].tolist()
+    assert painted[3].tolist() == painted[4].tolist() == RAMP[-1].tolist()
+    assert painted[1].sum() > painted[2].sum() > painted[3].sum()
