@@ -12,6 +12,7 @@ HERE = Path(__file__).resolve().parent
 
 DEMO = ["scikit-image", "scikit-learn"]  # they bring the photographs
 ONNX = ["onnx", "onnxscript"]
+EVAL = ["h5py", "scipy", "huggingface-hub"]  # for NYUd's original files, and for weights by hf:ORG/NAME
 
 
 class BuildWithRecipes(build_py):
@@ -58,9 +59,10 @@ setup(
     extras_require={
         "cuda": ["xformers>=0.0.35"],
         "demo": DEMO,
+        "eval": EVAL,
         "onnx": ONNX,
         "test": [
-            *(*DEMO, *ONNX, "onnxruntime"),
+            *(*DEMO, *EVAL, *ONNX, "onnxruntime"),
             *("pytest", "pytest-xdist", "ruff", "mypy"),
             *("transformers", "timm", "open-clip-torch"),
         ],

@@ -118,7 +118,7 @@ def download(name: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise WeightsError(f"hf:{name}: huggingface_hub is not installed (pip install huggingface_hub)") from None
+        raise WeightsError(f"hf:{name}: huggingface_hub is not installed: pip install 'dinoreg[eval]'") from None
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*pytorch_model.bin"]))
     except Exception as error:  # the hub's errors have no common class, and any of them is the user's to read

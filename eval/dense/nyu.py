@@ -64,7 +64,7 @@ def open_mat(path: Path) -> tuple[MatPairs, MatPairs]:
     try:
         from scipy.io import loadmat  # type: ignore[import-untyped]
     except ImportError:
-        raise ConfigError(f"reading {SPLITS} needs the package scipy: pip install scipy", "--data") from None
+        raise ConfigError(f"reading {SPLITS} needs the package scipy: pip install 'dinoreg[eval]'", "--data") from None
     try:
         with _h5py().File(path) as file:
             count = len(file["images"])
@@ -83,7 +83,7 @@ def _h5py() -> Any:
     try:
         import h5py  # type: ignore[import-untyped]
     except ImportError:
-        raise ConfigError(f"reading {MAT} needs the package h5py: pip install h5py", "--data") from None
+        raise ConfigError(f"reading {MAT} needs the package h5py: pip install 'dinoreg[eval]'", "--data") from None
     return h5py
 
 
