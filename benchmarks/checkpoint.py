@@ -11,7 +11,6 @@ rounds, since a machine has other things to do. Both files of a save are written
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections import defaultdict
@@ -20,7 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.step import Bench, describe_machine
+from benchmarks.step import Bench, finish
 from dinoreg.config import load
 from dinoreg.parallel.mesh import Ranks, setup_ranks
 from dinoreg.train.checkpoint import CheckpointConfig, Checkpointer
@@ -153,21 +152,7 @@ def main() -> None:
         ranks.barrier()
         results["bytes"] = bytes_of(folder)
         ranks.barrier()
-    results["machine"] = describe_machine(ranks)
-    results["recipe"] = {
-        "name": args.recipe,
-        "arch": cfg.model.arch,
-        "patch_size": cfg.model.patch_size,
-        "batch_size": cfg.train.batch_size,
-        "precision": cfg.train.precision,
-        "every": cfg.checkpoint.every,
-        "overrides": args.overrides,
-    }
-    if ranks.is_main:
-        show(results)
-        if args.out:
-            Path(args.out).write_text(json.dumps(results, indent=1))
-    ranks.close()
+    finish(results, args, cfg, ranks, show)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import subprocess
 import time
 from bisect import bisect_right
 from collections import defaultdict
+from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,31 @@ def describe_machine(ranks: Ranks) -> dict[str, Any]:
     }
 
 
+def finish(
+    results: dict[str, Any],
+    args: argparse.Namespace,
+    cfg: RunConfig,
+    ranks: Ranks,
+    show: Callable[[dict[str, Any]], None],
+) -> None:
+    """Add where and of what the figures are, show them, and write them to `--out`."""
+    results["machine"] = describe_machine(ranks)
+    results["recipe"] = {
+        "name": args.recipe,
+        "arch": cfg.model.arch,
+        "patch_size": cfg.model.patch_size,
+        "batch_size": cfg.train.batch_size,
+        "precision": cfg.train.precision,
+        "every": cfg.checkpoint.every,
+        "overrides": args.overrides,
+    }
+    if ranks.is_main:
+        show(results)
+        if args.out:
+            Path(args.out).write_text(json.dumps(results, indent=1))
+    ranks.close()
+
+
 def show(results: dict[str, Any]) -> None:
     """The figures, for a person."""
     machine, recipe = results["machine"], results["recipe"]
@@ -187,20 +213,7 @@ def main() -> None:
     ranks = setup_ranks()
     bench = Bench(cfg, ranks)
     results = measure(bench, args.steps, args.warmup) | {"phases": phase_shares(bench)}
-    results["machine"] = describe_machine(ranks)
-    results["recipe"] = {
-        "name": args.recipe,
-        "arch": cfg.model.arch,
-        "patch_size": cfg.model.patch_size,
-        "batch_size": cfg.train.batch_size,
-        "precision": cfg.train.precision,
-        "overrides": args.overrides,
-    }
-    if ranks.is_main:
-        show(results)
-        if args.out:
-            Path(args.out).write_text(json.dumps(results, indent=1))
-    ranks.close()
+    finish(results, args, cfg, ranks, show)
 
 
 if __name__ == "__main__":
