@@ -92,6 +92,11 @@ class Heads:
         step = max(1, ROWS // self.biases[which].numel())
         return torch.cat([self._logits(which, rows).topk(count, dim=2).indices for rows in features.split(step)])
 
+    def finite(self, which: FeatureSet) -> list[bool]:
+        """Of each learning rate, whether its classifier has not diverged."""
+        weight, bias = self.weights[which].flatten(1), self.biases[which]
+        return (weight.isfinite().all(1) & bias.isfinite().all(1)).tolist()
+
     def state(self) -> dict[str, Any]:
         """All that changes, for a file."""
         parts = {"weight": self.weights, "bias": self.biases}

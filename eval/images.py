@@ -21,6 +21,8 @@ from dinoreg.data.labelled import LabelledImages
 from dinoreg.data.stored import Folder
 from eval.suite import Place
 
+LONGEST = 16  # times the short side; beyond that only the middle of an image is resized
+MOST_CLASSES = 1_000_000  # more are a number that is none of a class, and would ask for all memory
 TEST_NAMES = ("val", "validation", "test")  # ImageNet's test set has no labels
 
 
@@ -80,6 +82,7 @@ class View:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """uint8 (C, H, W) -> (C, size, size)."""
+        pixels = _middle(pixels)
         height, width = pixels.shape[1:]
         short = min(height, width)
         target = [max(self.resize, int(self.resize * side / short)) for side in (height, width)]
@@ -90,6 +93,15 @@ class View:
 
     def __str__(self) -> str:
         return f"short side to {self.resize}, bicubic; central {self.size} x {self.size}"
+
+
+def _middle(pixels: Tensor) -> Tensor:
+    """The part of a very long image of which something will be kept: resized as a whole, it could fill the memory."""
+    height, width = pixels.shape[1:]
+    most = LONGEST * min(height, width)
+    # An equal number from both ends, so that the centre stays where it is.
+    top, left = (max(0, (side - most) // 2) for side in (height, width))
+    return pixels[:, top : height - top, left : width - left]
 
 
 @dataclass(frozen=True)
@@ -177,6 +189,8 @@ def _demand_same_classes(train: Images, test: Images) -> None:
     known, asked = set(train.labels.tolist()), set(test.labels.tolist())
     if min(known | asked) < 0:
         raise ConfigError(f"labels are numbers from 0 on, not {min(known | asked)}", "--data")
+    if max(known | asked) >= MOST_CLASSES:
+        raise ConfigError(f"the label {max(known | asked)} is no number of a class, which count from 0", "--data")
     for lacking, has, where in ((asked - known, "test", train), (known - asked, "training", test)):
         if lacking:
             names = [train.classes[number] if train.classes else f"number {number}" for number in sorted(lacking)[:3]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,7 @@ from eval.results import Score
 
 RESAMPLES = 1000
 LEVEL = 0.95
+Z = 1.959964  # standard deviations that hold LEVEL of a normal distribution
 AT_ONCE = 2**25  # counts held at once: 256 MiB in fp64
 
 
@@ -53,11 +55,26 @@ def mean_score(values: Tensor, unit: str = "", better: str = "higher") -> Score:
 def accuracy_score(predicted: Tensor, truth: Tensor) -> Score:
     """Top-1 accuracy in percent: predictions and labels (n,), or the k first guesses (n, k) for top-k."""
     right = predicted == truth if predicted.ndim == 1 else (predicted == truth[:, None]).any(1)
-    return mean_score(100.0 * right, "%")
+    per_image = 100.0 * right.detach().cpu().float()
+    low, high = share_interval(int(right.sum()), len(right))
+    return Score(float(per_image.double().mean()), low, high, "%", per_image=per_image)
+
+
+def share_interval(found: int, count: int) -> tuple[float, float]:
+    """Wilson's interval, in percent, of a share of which `found` of `count` images were seen.
+
+    For many images it is the bootstrap's. For few, or where nearly all are right, the bootstrap's is far too narrow,
+    down to a width of 0 where all are.
+    """
+    share, spread = found / count, Z**2 / count
+    centre = share + spread / 2
+    half = math.sqrt(share * (1 - share) * spread + spread**2 / 4)
+    low, high = (round(100 * (centre + sign * half) / (1 + spread), 9) for sign in (-1, 1))  # 100 is to be 100
+    return low, high
 
 
 def accuracy_by_class(predicted: Tensor, truth: Tensor, num_classes: int) -> list[float]:
-    """Percent of each class's images that are found; NaN never, for every class has images."""
+    """Percent of each class's images that are found; 0 where a class has no image."""
     total = torch.bincount(truth, minlength=num_classes).clamp(min=1)
     right = torch.bincount(truth[predicted == truth], minlength=num_classes)
     return [round(value, 3) for value in (100.0 * right / total).tolist()]

@@ -25,7 +25,7 @@ OUTCOMES = "outcomes.npz"  # what each image adds to the scores, from which two 
 
 @dataclass(frozen=True)
 class Score:
-    """A figure, and the interval in which it lies with 95 % by a bootstrap over the images.
+    """A figure, and the interval in which it lies with 95 %, were there other images: a bootstrap's, or Wilson's.
 
     per_image: (n,), whose mean the figure is; or areas (n, 3, C) as of `dense.metrics.areas`, whose mean IoU in percent
     it is. In the order of the test images.
@@ -110,7 +110,7 @@ def write_json(path: Path, content: Any) -> Path:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> Path:
-    """A file that is there when all that `write` writes is on the disk."""
+    """A file that is there when all that `write` writes is on the disk. Raises OSError that names it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -119,6 +119,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> Path:
             file.flush()
             os.fsync(file.fileno())  # or a power cut could leave an empty file under the final name
         partial.replace(path)
+    except OSError as error:  # which names no file when a disk is full
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
     return path

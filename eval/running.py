@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from rich.console import Console
 from rich.table import Table
 
-from dinoreg.config import load
+from dinoreg.config import ConfigError, load
 from dinoreg.data.workers import choose_workers
+from dinoreg.models.files import FOLDER_FILES
 from dinoreg.parallel.mesh import setup_ranks
 from eval.backbone import Backbone, open_backbone
 from eval.report.page import write_report
-from eval.results import Result, write_result
+from eval.results import FILE, Result, write_result
 from eval.suite import Context, Place
 from eval.suites import Suite
+
+HUB_STEMS = {Path(name).stem for name in FOLDER_FILES}
 
 
 @dataclass(frozen=True)
@@ -43,10 +49,13 @@ def run_jobs(asked: Namespace, jobs: Sequence[Job]) -> int:
         backbone = open_backbone(asked.weights).to(ranks.device)
         if ranks.is_main:
             print(f"{asked.weights}: {backbone.found}", flush=True)
-        results, outputs = [], []
-        for job, config, place in zip(jobs, configs, places, strict=True):
-            output = output_of(asked, job.suite.name, backbone, alone=len(jobs) == 1)
-            outputs.append(output)
+        results: list[Result] = []
+        outputs = [output_of(asked, job.suite.name, backbone, alone=len(jobs) == 1) for job in jobs]
+        for job, output in zip(jobs, outputs, strict=True):
+            said = ranks.from_main(partial(check_output, output, job.suite.name, backbone))
+            if said and ranks.is_main:
+                print(said, flush=True)
+        for job, config, place, output in zip(jobs, configs, places, outputs, strict=True):
             workers = choose_workers(ranks.local_world)
             context = Context(ranks, place, output, asked.cache or default_cache(), workers)
             results.append(_run(job.suite, config, backbone, context, asked))
@@ -86,7 +95,28 @@ def output_of(asked: Namespace, suite: str, backbone: Backbone, alone: bool) -> 
     run = weights.parents[1] if weights.parent.name == "teacher" else weights
     if backbone.step is not None and (run / "teacher").is_dir():
         return run / "eval" / suite / f"step_{backbone.step:08d}"
-    return Path("results") / weights.stem / suite
+    # model.safetensors is what the file is called in everybody's folder.
+    stem = weights.name if weights.is_dir() else weights.stem
+    return Path("results") / (weights.parent.name if stem in HUB_STEMS and weights.parent.name else stem) / suite
+
+
+def check_output(output: Path, suite: str, backbone: Backbone) -> str:
+    """Makes the folder, so that hours of work are not lost for want of it; what must be said of results it holds.
+
+    Raises ConfigError where they are another suite's, OSError where nothing can be written.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    with TemporaryFile(dir=output):
+        pass
+    there = output / FILE
+    try:
+        content = json.loads(there.read_text())
+        held, digest = content["suite"], content["digest"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return ""
+    if held != suite:
+        raise ConfigError(f"{there} is of {held}: name another folder for {suite}", "--output")
+    return f"{suite}: {there} is of other weights, and will be replaced" if digest != backbone.digest else ""
 
 
 def default_cache() -> Path:

@@ -119,7 +119,10 @@ def _resume(heads: Heads, path: Path, context: Context) -> int:
     """The step to go on at, the classifiers being as they were then."""
     if not context.ranks.broadcast_object(path.is_file()):
         return 0
-    state = torch.load(path, map_location=context.device, weights_only=True)
+    try:
+        state = torch.load(path, map_location=context.device, weights_only=True)
+    except Exception as error:  # torch's reader takes any bytes for instructions, so what fails in it may be anything
+        raise ConfigError(f"{path} is damaged: remove it, and the training begins anew", "--cache") from error
     heads.load(state["heads"])
     context.say(f"training: goes on after step {state['step']}")
     return int(state["step"])

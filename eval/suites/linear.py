@@ -18,7 +18,7 @@ from eval.forward import Forward
 from eval.heads import FeatureSet, Heads
 from eval.images import Part, hold_out
 from eval.metrics import accuracy_by_class, accuracy_score
-from eval.probe import Probe, ProbeConfig
+from eval.probe import Probe, ProbeConfig, all_alike
 from eval.results import Result
 from eval.suite import Context
 from eval.training import FromFeatures, FromImages, Schedule, Source, forget, train
@@ -91,7 +91,9 @@ def run(backbone: Backbone, cfg: LinearConfig, context: Context) -> Result:
     else:
         part = probe.train.subset(held)
         chooser = guess(heads, part, probe.features(part, names))
-    return _result(probe, cfg, test, _trials(cfg, chooser, test))
+    if not len(chooser.truth):
+        raise ConfigError("none of the images held out can be read", "heldout")
+    return _result(probe, cfg, test, _trials(cfg, heads, chooser, test), len(chooser.truth))
 
 
 def feature_sets(cfg: LinearConfig, depth: int) -> list[FeatureSet]:
@@ -153,31 +155,45 @@ def guess(heads: Heads, part: Part, features: Features, rows: NDArray[np.int64] 
 
 @dataclass(frozen=True)
 class Trial:
-    """One classifier. chosen_by, test: top-1 accuracy in percent on the images it is chosen by, and on the test's."""
+    """One classifier. chosen_by, test: top-1 accuracy in percent on the images it is chosen by, and on the test's.
+
+    finite: False where its learning rate was too much for it, and all its guesses are one and the same class.
+    """
 
     rate: float
     layers: int
     avgpool: bool
     chosen_by: float
     test: float
+    finite: bool = True
 
 
-def _trials(cfg: LinearConfig, chooser: Guesses, test: Guesses) -> list[Trial]:
+def _trials(cfg: LinearConfig, heads: Heads, chooser: Guesses, test: Guesses) -> list[Trial]:
     return [
-        Trial(rate, which.layers, which.avgpool, chooser.top1(which, row), test.top1(which, row))
+        Trial(rate, which.layers, which.avgpool, chooser.top1(which, row), test.top1(which, row), finite)
         for which in test.classes
-        for row, rate in enumerate(cfg.rates)
+        for row, (rate, finite) in enumerate(zip(cfg.rates, heads.finite(which), strict=True))
     ]
 
 
-def _result(probe: Probe, cfg: LinearConfig, test: Guesses, trials: list[Trial]) -> Result:
-    best = max(trials, key=lambda trial: trial.chosen_by)
+def _result(probe: Probe, cfg: LinearConfig, test: Guesses, trials: list[Trial], choosing: int) -> Result:
+    """choosing: the number of images by which the best was chosen."""
+    if not (sound := [trial for trial in trials if trial.finite]):
+        raise ConfigError("all classifiers diverged: lower learning rates are needed", "rates")
+    best = max(sound, key=lambda trial: trial.chosen_by)
     which = FeatureSet(best.layers, best.avgpool)
     top = test.classes[which][:, cfg.rates.index(best.rate)]
-    where = "the test images, as published" if cfg.select == "val" else f"{cfg.heldout:.0%} of the training images"
+    where = (
+        "the test images, as published"
+        if cfg.select == "val"
+        else f"{choosing} held-out training image{'s' * (choosing > 1)}"
+    )
     notes = [f"learning rate {best.rate:g} on {which}: the best of {len(trials)}, chosen on {where}"]
     if len(cfg.rates) > 1 and best.rate in (min(cfg.rates), max(cfg.rates)):
         notes.append(f"{best.rate:g} is at the end of the learning rates tried")
+    if lost := len(trials) - len(sound):
+        notes.append(f"{lost} of {len(trials)} classifiers diverged, whose learning rates are too high for them")
+    notes += all_alike([trial.chosen_by for trial in sound])
     if not cfg.augment:
         notes.append("trained on central crops, without augmentation")
     if skipped := [count for count in cfg.layers if count > probe.backbone.depth]:

@@ -15,9 +15,11 @@ from eval.forward import cls_of
 from eval.images import hold_out
 from eval.logistic import Linear, fit_logistic
 from eval.metrics import accuracy_by_class, accuracy_score
-from eval.probe import Probe, ProbeConfig, truth_of
+from eval.probe import Probe, ProbeConfig, all_alike, truth_of
 from eval.results import Result
 from eval.suite import Context
+
+MOST_EXPONENT = 30  # beyond which single precision knows no such C
 
 
 @dataclass
@@ -49,6 +51,11 @@ class LogregConfig(ProbeConfig):
         for key in ("c_steps", "max_iter"):
             if getattr(self, key) < 1:
                 raise ConfigError("must be at least 1", key)
+        for key in ("c_low", "c_high"):
+            if abs(getattr(self, key)) > MOST_EXPONENT:
+                raise ConfigError(f"an exponent of 10, between -{MOST_EXPONENT} and {MOST_EXPONENT}", key)
+        if self.tol < 0:
+            raise ConfigError("cannot be negative", "tol")
         if self.c_low > self.c_high:
             raise ConfigError(f"must be at least c_low={self.c_low}", "c_high")
         if not 0 < self.heldout < 1:
@@ -77,12 +84,13 @@ def run(backbone: Backbone, cfg: LogregConfig, context: Context) -> Result:
     predicted = context.ranks.from_main(
         lambda: _fit(cfg, known, labels, best, probe.num_classes).predict(asked).cpu()
     )  # fmt: skip
-    where = "the test images" if cfg.select == "val" else f"{cfg.heldout:.0%} of the training images"
+    where = "the test images" if cfg.select == "val" else f"{len(held)} held-out training image{'s' * (len(held) > 1)}"
+    alike = all_alike([trial.top1 for trial in tried.values()])
     truth = truth.cpu()
     return probe.result(
         "logreg",
         {"top1": accuracy_score(predicted, truth)},
-        [f"C = {best:.3g} of {cfg.c_steps} values, chosen on {where}", *_at_an_end(cfg, best)],
+        [f"C = {best:.3g} of {cfg.c_steps} values, chosen on {where}", *_at_an_end(cfg, best), *alike],
         C=best,
         grid=[asdict(tried[C]) for C in sorted(tried)],
         by_class=accuracy_by_class(predicted, truth, probe.num_classes),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from evaluating import write_data, write_weights
 from dinoreg.models.vit import ModelConfig, build_vit
 from dinoreg.models.weights import save_backbone
 from eval.cli import main
-from eval.results import commit
+from eval.results import commit, write_atomically
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +154,49 @@ def test_a_random_network_clears_chance_on_real_images(tmp_path: Path, shared_da
         found = read(tmp_path / "out" / name)
         assert found["scores"]["top1"]["low"] > 2.5, name
         assert (found["data"]["train"], found["data"]["test"]) == (960, 480)
+
+
+def test_results_of_another_suite_are_not_replaced_and_those_of_other_weights_are_said(
+    tmp_path: Path, data: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--data", data, "--output", tmp_path / "out", "--cache", tmp_path / "cache")
+    assert run("knn", "--weights", weights, *words) == 0
+    before = read(tmp_path / "out")
+    assert run("logreg", "--weights", weights, *words) == 2
+    assert "--output: " in (said := capsys.readouterr().err) and "is of knn: name another folder for logreg" in said
+    assert read(tmp_path / "out") == before
+    assert run("knn", "--weights", write_weights(tmp_path / "other.safetensors", seed=1), *words) == 0
+    assert "is of other weights, and will be replaced" in capsys.readouterr().out
+    assert read(tmp_path / "out")["digest"] != before["digest"]
+
+
+def test_an_output_that_cannot_be_written_is_told_before_anything_is_computed(
+    tmp_path: Path, data: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    words = ("--weights", weights, "--data", data, "--cache", tmp_path / "cache")
+    assert run("knn", *words, "--output", tmp_path / "file" / "out") == 2
+    assert capsys.readouterr().err == f"dinoreg-eval: {tmp_path}/file/out: Not a directory\n"
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
+    def write(file: BinaryIO) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_atomically(tmp_path / "results.json", write)
+    assert caught.value.filename == str(tmp_path / "results.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_everybody_calls_model_get_results_of_their_own(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "v1.5"):
+        write_weights(tmp_path / name / "model.safetensors")
+    words = ("--data", data, "--cache", tmp_path / "cache")
+    assert run("knn", "--weights", "one/model.safetensors", *words) == 0
+    assert run("knn", "--weights", "v1.5", *words) == 0
+    assert {path.name for path in (tmp_path / "results").iterdir()} == {"one", "v1.5"}

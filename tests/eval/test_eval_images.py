@@ -13,7 +13,9 @@ import torch
 from evaluating import Planted, run_suite, surroundings, write_data, write_weights
 
 from dinoreg.config import ConfigError
-from eval.images import Images, draw_evenly, hold_out, open_parts
+from dinoreg.models.vit import ModelConfig, build_vit
+from eval.backbone import Backbone
+from eval.images import Images, View, _demand_same_classes, draw_evenly, hold_out, open_parts
 from eval.suite import Place
 
 
@@ -132,3 +134,53 @@ def test_what_is_held_out_is_not_kept() -> None:
     assert not np.array_equal(held, hold_out(50, 0.1, seed=1)[0])
     with pytest.raises(ConfigError, match="heldout"):
         hold_out(1, 0.1, seed=0)
+
+
+def test_of_a_very_long_image_only_the_middle_is_resized() -> None:
+    """One of 1 x 60000 pixels is 180 KB, and as many GB when its short side becomes 256."""
+    view = View(8, 9)
+    for shape in ((3, 1, 60000), (3, 60000, 2)):
+        assert view(torch.randint(256, shape, dtype=torch.uint8)).shape == (3, 8, 8)
+    long = torch.zeros(3, 4, 201, dtype=torch.uint8)
+    long[:, :, 100] = 255  # in the middle, where it stays
+    found = view(long).float()
+    torch.testing.assert_close(found, found.flip(-1), rtol=0, atol=1)
+    assert found[0, 4].max() > 50
+
+
+@pytest.mark.parametrize("few", ["max_train=3", "max_test=3"])
+def test_classes_that_are_lost_by_drawing_a_few_are_said(tmp_path: Path, few: str) -> None:
+    data, weights = write_data(tmp_path / "data", 6, 3), write_weights(tmp_path / "small.safetensors")
+    result = run_suite("knn", Planted(weights, "cls-1"), surroundings(tmp_path, data), "k=[1]", "main_k=1", few)
+    kind = "training" if few == "max_train=3" else "test"
+    assert f"1 of the 4 classes have no {kind} image among those that count" in result.notes
+
+
+def test_a_class_of_which_no_test_image_can_be_read_is_said(tmp_path: Path) -> None:
+    data, weights = write_data(tmp_path / "data", 6, 2), write_weights(tmp_path / "small.safetensors")
+    for image in (data / "val" / "class1").iterdir():
+        image.write_bytes(b"")
+    words = ("k=[1]", "main_k=1", "max_bad_share=0.5")
+    result = run_suite("knn", Planted(weights, "cls-1"), surroundings(tmp_path, data), *words)
+    assert "1 of the 4 classes have no test image among those that count" in result.notes
+
+
+def test_folders_and_shards_of_one_data_set_may_number_classes_differently_and_it_is_said(tmp_path: Path) -> None:
+    data, weights = write_data(tmp_path / "data", 6, 2), write_weights(tmp_path / "small.safetensors")
+    write_shard(tmp_path / "test.tar", data / "val")
+    context = surroundings(tmp_path, data)
+    context.data = Place.of([f"train={data / 'train'}", f"test={tmp_path / 'test.tar'}"])
+    notes = run_suite("knn", Planted(weights, "cls-1"), context, "k=[1]", "main_k=1").notes
+    assert any(note.startswith("one part is folders, the other shards") for note in notes)
+
+
+def test_networks_of_other_channels_and_labels_that_are_no_classes_are_refused(tmp_path: Path) -> None:
+    data, config = write_data(tmp_path / "data", 1, 1), ModelConfig(embed_dim=64, depth=2, num_heads=2, in_channels=4)
+    model = build_vit(config)
+    model.init_weights()
+    with pytest.raises(ConfigError, match="--weights: the network takes images of 4 channels"):
+        run_suite("knn", Backbone(model), surroundings(tmp_path, data))
+    images = Images(data / "train")
+    images.labels = images.labels + 10**12
+    with pytest.raises(ConfigError, match="is no number of a class"):
+        _demand_same_classes(images, images)

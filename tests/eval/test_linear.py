@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 from pathlib import Path
 
@@ -17,9 +18,10 @@ from eval.augment import Augmented, Order, numbers_of
 from eval.forward import PATCH_MEAN, cls_of
 from eval.heads import FeatureSet, Heads
 from eval.images import Images, Part
+from eval.probe import Probe, all_alike
 from eval.results import Result
 from eval.suites.linear import LinearConfig
-from eval.training import Schedule
+from eval.training import Schedule, _resume
 
 QUICK = ("steps=60", "batch_size=32", "rates=[0.001, 0.1]")
 KILLED = ("steps=12", "batch_size=16", "augment=true", "save_every=5", "precision=fp32", "layers=[1]")
@@ -179,3 +181,32 @@ def test_images_that_cannot_be_read_are_left_out_of_training_and_named(tmp_path:
 def test_options_that_make_no_sense_are_refused(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(LinearConfig, None, words)
+
+
+def test_classifiers_that_diverged_are_never_chosen_and_are_said(tmp_path: Path) -> None:
+    data, weights = write_data(tmp_path / "data", 10, 4), write_weights(tmp_path / "small.safetensors")
+    backbone, context = Planted(weights, "cls-1"), surroundings(tmp_path, data)
+    words = ("steps=5", "batch_size=1024", "layers=[1]", "avgpool=[false]")
+    result = run_suite("imagenet-linear", backbone, context, *words, "rates=[1e38, 0.1]")
+    assert result.details["chosen"]["rate"] == 0.1
+    assert "1 of 2 classifiers diverged, whose learning rates are too high for them" in result.notes
+    with pytest.raises(ConfigError, match="rates: all classifiers diverged"):
+        run_suite("imagenet-linear", backbone, context, *words, "rates=[1e38]")
+
+
+def test_a_choice_among_equals_is_called_none() -> None:
+    assert all_alike([50.0, 50.0, 50.0]) == ["all 3 are as good on these (50 %): the choice means nothing"]
+    assert all_alike([50.0, 50.0, 75.0]) == all_alike([50.0]) == []
+
+
+def test_a_damaged_state_of_a_training_and_images_that_changed_under_it_are_noticed(tmp_path: Path) -> None:
+    data, weights = write_data(tmp_path / "data", 4, 2), write_weights(tmp_path / "small.safetensors")
+    context = surroundings(tmp_path, data)
+    probe = Probe(Counting(weights), load(LinearConfig, None), context)
+    identity = probe.identity("imagenet-linear")
+    os.utime(data / "train" / "class0" / "000.png", (1, 1))
+    assert Probe(Counting(weights), load(LinearConfig, None), context).identity("imagenet-linear") != identity
+    context.cache.mkdir()
+    (context.cache / "damaged.pt").write_bytes(b"damaged")
+    with pytest.raises(ConfigError, match=r"damaged.pt is damaged: remove it"):
+        _resume(None, context.cache / "damaged.pt", context)  # type: ignore[arg-type]

@@ -89,7 +89,7 @@ def test_a_known_answer_is_found(tmp_path: Path) -> None:
 def test_where_C_is_chosen_is_said(tmp_path: Path) -> None:
     data, weights = write_data(tmp_path / "data", 8, 4), write_weights(tmp_path / "small.safetensors")
     backbone, context = Planted(weights, "cls-1"), surroundings(tmp_path, data)
-    assert "chosen on 10% of the training images" in run_suite("logreg", backbone, context).notes[0]
+    assert "chosen on 3 held-out training images" in run_suite("logreg", backbone, context).notes[0]
     assert "chosen on the test images" in run_suite("logreg", backbone, context, "select=val").notes[0]
 
 
@@ -100,7 +100,15 @@ def test_the_published_grid() -> None:
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["c_steps=0"], "c_steps"), (["c_low=6"], "c_high"), (["heldout=0"], "heldout"), (["dtype=fp16"], "dtype")],
+    [
+        (["c_steps=0"], "c_steps"),
+        (["c_low=6"], "c_high"),
+        (["heldout=0"], "heldout"),
+        (["dtype=fp16"], "dtype"),
+        (["c_low=-400"], "c_low: an exponent of 10"),
+        (["c_high=400"], "c_high"),
+        (["tol=-1"], "tol"),
+    ],
 )
 def test_options_that_make_no_sense_are_refused(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

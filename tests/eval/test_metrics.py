@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
 import torch
 
-from eval.metrics import accuracy_by_class, accuracy_score, bootstrap, mean_score
+from eval.metrics import accuracy_by_class, accuracy_score, bootstrap, mean_score, share_interval
 
 
 def test_accuracy_is_that_of_a_slow_count() -> None:
@@ -75,3 +76,23 @@ def test_an_interval_covers_the_truth_as_often_as_it_says() -> None:
         score = mean_score((torch.rand(150, generator=generator) < 0.6).double())
         covered += score.low <= 0.6 <= score.high
     assert 88 <= covered <= 100
+
+
+@pytest.mark.parametrize("truth", [0.5, 0.9, 0.97])
+@pytest.mark.parametrize("count", [30, 100, 500])
+def test_the_interval_of_an_accuracy_covers_the_truth_with_few_images_too(count: int, truth: float) -> None:
+    """Summed over all numbers of right images, in fp64: no draw of chance. A bootstrap's covers 60 % of 30 at 97 %."""
+    covered = 0.0
+    for found in range(count + 1):
+        chance = math.comb(count, found) * truth**found * (1 - truth) ** (count - found)
+        low, high = share_interval(found, count)
+        covered += chance * (low <= 100 * truth <= high)
+    assert 0.92 < covered < 0.99
+
+
+def test_an_accuracy_of_100_percent_is_not_certain() -> None:
+    score = accuracy_score(torch.ones(20, dtype=torch.long), torch.ones(20, dtype=torch.long))
+    assert (score.value, score.high) == (100, 100) and 80 < score.low < 90
+    right = torch.arange(4000) % 4 == 0
+    score, same = accuracy_score(right, torch.ones(4000)), mean_score(100.0 * right)
+    assert (score.low, score.high) == pytest.approx((same.low, same.high), abs=0.2)  # as a bootstrap's of many
