@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
@@ -29,7 +30,14 @@ Give runs of dinoreg to Slurm, or to this machine, and look after them.
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one subcommand and exit with its status: 0, or 2 for a mistake, told in one line."""
-    run_command("dinoreg-launch", COMMANDS, OVERVIEW, list(sys.argv[1:] if arguments is None else arguments))
+    try:
+        try:
+            run_command("dinoreg-launch", COMMANDS, OVERVIEW, list(sys.argv[1:] if arguments is None else arguments))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+        sys.exit(1)
 
 
 def train(words: Sequence[str]) -> int:

@@ -13,7 +13,7 @@ from launch import jobs
 from launch.config import LaunchConfig
 from launch.evaluating import Evaluation
 from launch.evaluations import EVAL, RESULTS, Score, folder_of, step_of
-from launch.logs import why
+from launch.logs import end_of
 from launch.recipe import LaunchedRun
 from launch.record import Job, locked
 from launch.slurm import JobState
@@ -168,7 +168,8 @@ def _word(target: Target, job: Job | None, state: JobState | None) -> str:
         return "not evaluated"
     if state is not None and state.active:
         return "waits" if state.name == "PENDING" else "runs"
-    return "cancelled" if job.cancelled else f"failed: {why(target.folder, job) or 'its log does not say why'}"
+    end = end_of(target.folder, job, state)
+    return end if end == "cancelled" else f"failed: {end}"
 
 
 def _main_score(target: Target) -> str:

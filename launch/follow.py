@@ -9,17 +9,26 @@ from pathlib import Path
 from launch import jobs
 from launch.evaluate import WAITING, Plan, Target, submit, survey
 from launch.evaluating import publish
+from launch.slurm import NoAnswer
 from launch.snapshot import Snapshot, take_snapshot
 
 
 def follow(plan: Plan, every: float, say: Callable[[str], None]) -> bool:
     """Submit each teacher when it is there, until the runs have ended; whether all are evaluated then.
 
-    What failed is not submitted a second time here. every: seconds between two looks.
+    What failed is not submitted a second time here. every: seconds between two looks. Raises ConfigError at the first;
+    later on a Slurm that does not answer is asked again.
     """
     following = Following(plan, say)
-    while following.look():
+    goes_on, trouble = following.look(), ""
+    while goes_on:
         time.sleep(every)
+        try:
+            goes_on, trouble = following.look(), ""
+        except NoAnswer as error:
+            if str(error) != trouble:
+                say(f"{error}; trying again")
+            trouble = str(error)
     for run in plan.runs:
         publish(run, say)
     return all(target.evaluated for target in plan.targets())

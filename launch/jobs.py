@@ -11,8 +11,8 @@ from pathlib import Path
 
 from dinoreg.config import ConfigError
 from launch import slurm
-from launch.record import Job, editing, now, read_jobs
-from launch.slurm import JobState
+from launch.record import NAME, Job, editing, now, read_jobs
+from launch.slurm import UNKNOWN, JobState
 
 HERE = ("local", "debug")
 
@@ -48,14 +48,18 @@ def _held(run_dir: Path) -> bool:
 
 
 def states(jobs: dict[Path, Job]) -> dict[Path, JobState | None]:
-    """How the job of each run is; None where nobody remembers. All of Slurm's are asked for at once."""
-    told = slurm.job_states(job.id for job in jobs.values() if job.cluster not in HERE)
+    """How the job of each run is; None where nobody remembers. All of Slurm's are asked for at once.
+
+    Raises NoAnswer where Slurm does not answer.
+    """
+    given = {run: job.id for run, job in jobs.items() if job.cluster not in HERE}
+    told = slurm.job_states(given.values(), {(run / NAME).stat().st_uid for run in given})  # a colleague's run, maybe
     return {run: _local(run, job) if job.cluster in HERE else told.get(job.id) for run, job in jobs.items()}
 
 
 def _local(run_dir: Path, job: Job) -> JobState | None:
     if job.host != socket.gethostname():
-        return JobState("UNKNOWN", f"on {job.host}")
+        return JobState(UNKNOWN, f"on {job.host}")
     if job.ended or not _is_alive(run_dir, job):
         return None
     return JobState("RUNNING") if job.starts else JobState("PENDING", "waits for the others")

@@ -10,6 +10,7 @@ from pathlib import Path
 from dinoreg.config import ConfigError
 from launch.jobs import active_jobs
 from launch.record import Job, read_jobs
+from launch.slurm import JobState, NoAnswer
 
 TAIL = 1 << 16  # bytes at the end of a log in which its reason is looked for
 PAUSE = 0.5  # seconds between two looks at a log that is followed
@@ -22,8 +23,8 @@ _REASONS = (
     re.compile(r"^(\w+\.)*\w*(Error|Exception|Interrupt)\b.*"),
     re.compile(r"^(slurmstepd|srun|sbatch|bash|sh|/)\S*: .+"),
 )
-# What follows from something else, which is said too.
-_NOISE = re.compile(r"Exited with exit code|Job step aborted|STEP \S+ ON|forcing job termination")
+# What an evaluation says of its weights, and what follows from something else, which is said too.
+_NOISE = re.compile(r"^/\S*\.safetensors: |Exited with exit code|Job step aborted|STEP \S+ ON|forcing job termination")
 
 
 def log_of(run_dir: Path, job: Job, rank: int = 0) -> Path:
@@ -40,6 +41,14 @@ def why(run_dir: Path, job: Job) -> str | None:
         file.seek(max(0, path.stat().st_size - TAIL))
         text = file.read().decode(errors="replace")
     return reason_in(text.rpartition(f"\njob {job.id}, start ")[2])
+
+
+def end_of(run_dir: Path, job: Job, state: JobState | None) -> str:
+    """In words, how a job ended that did not do what it was to do."""
+    if job.cancelled or (state is not None and state.name == "CANCELLED"):
+        return "cancelled"
+    told = "" if state is None or state.name in ("COMPLETED", "FAILED") else state.name.lower().replace("_", " ")
+    return why(run_dir, job) or told or ("its log does not say why" if job.starts else "it had not begun")
 
 
 def reason_in(text: str) -> str | None:
@@ -89,7 +98,14 @@ def _read(paths: Sequence[Path], run_dirs: Sequence[Path], follow: bool) -> Iter
         else:
             time.sleep(PAUSE)
             if time.monotonic() > asked + ASK_EVERY:
-                ended, asked = not active_jobs(run_dirs), time.monotonic()
+                ended, asked = not _goes_on(run_dirs), time.monotonic()
+
+
+def _goes_on(run_dirs: Sequence[Path]) -> bool:
+    try:
+        return bool(active_jobs(run_dirs))
+    except NoAnswer:
+        return True  # whoever reads on may end that
 
 
 def _from(path: Path, position: int) -> tuple[str, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import getpass
+import os
 import re
 import shutil
 import subprocess
@@ -18,6 +18,12 @@ ACTIVE = (
     *("REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"),
 )
 
+UNKNOWN = "UNKNOWN"  # it may be at its end or not
+
+
+class NoAnswer(ConfigError):
+    """Slurm said nothing: what it would have said is not known, and may be asked for again."""
+
 
 @dataclass(frozen=True)
 class Partition:
@@ -32,7 +38,7 @@ class Partition:
 
 @dataclass(frozen=True)
 class JobState:
-    """`name` as Slurm writes it, such as RUNNING; `reason`: why it waits, or how it failed."""
+    """`name` as Slurm writes it, such as RUNNING; `reason`: why it waits, how it failed, or why it is not known."""
 
     name: str
     reason: str = ""
@@ -40,6 +46,10 @@ class JobState:
     @property
     def active(self) -> bool:
         return self.name in ACTIVE
+
+    @property
+    def over(self) -> bool:
+        return not self.active and self.name != UNKNOWN
 
 
 def require_slurm() -> None:
@@ -73,18 +83,20 @@ def gpus_of(gres: str) -> int:
     return sum(int(count) for count in re.findall(r"\bgpu:(?:[^:,()]+:)?(\d+)", gres))
 
 
-def job_states(ids: Iterable[str]) -> dict[str, JobState]:
-    """How jobs are, by id; those that Slurm has forgotten are left out.
+def job_states(ids: Iterable[str], users: Iterable[int] = ()) -> dict[str, JobState]:
+    """How jobs are, by id; those that Slurm has forgotten are left out. users: whose they are beside one's own.
 
-    squeue knows what is queued, runs, or ended some minutes ago; sacct the rest, where there is accounting.
+    squeue knows what is queued, runs, or ended some minutes ago; sacct the rest, where there is accounting. Raises
+    NoAnswer where squeue fails: a job that nobody can tell of may well run.
     """
     wanted = set(ids)
     if not wanted or shutil.which("squeue") is None:
         return {}
-    listed = _try("squeue", "-h", "-a", "-r", "-t", "all", "-u", getpass.getuser(), "-o", "%i|%T|%r")
+    owners = ",".join(map(str, sorted({os.getuid(), *users})))
+    listed = ask("squeue", "-h", "-a", "-r", "-t", "all", "-u", owners, "-o", "%i|%T|%r")
     found = _states(listed, wanted)
     if missing := sorted(wanted - found.keys()):
-        told = _try("sacct", "-n", "-X", "-P", "-j", ",".join(missing), "-o", "JobID,State,Reason")
+        told = _of_old("sacct", "-n", "-X", "-P", "-j", ",".join(missing), "-o", "JobID,State,Reason")
         found |= _states(told, set(missing))
     return found
 
@@ -100,19 +112,20 @@ def cancel(job: str) -> None:
 
 
 def ask(*command: str) -> str:
-    """What a command prints. Raises ConfigError with its own first words when it fails."""
+    """What a command prints. Raises NoAnswer with its own first words when it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise ConfigError(f"{command[0]}: {error}") from None
+        raise NoAnswer(f"{command[0]}: {error}") from None
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        raise ConfigError(said[0] if said else f"{command[0]} failed with {done.returncode}")
+        raise NoAnswer(said[0] if said else f"{command[0]} failed with {done.returncode}")
     return done.stdout
 
 
-def _try(*command: str) -> str:
+def _of_old(*command: str) -> str:
+    """Nothing, where there is no accounting."""
     try:
         return ask(*command)
-    except ConfigError:
+    except NoAnswer:
         return ""

@@ -11,9 +11,9 @@ from dinoreg.config import ConfigError
 from launch import jobs
 from launch.evaluations import EVAL, RESULTS, step_of
 from launch.glance import Glance, glance
-from launch.logs import why
+from launch.logs import end_of, why
 from launch.record import NAME, Job, read_jobs
-from launch.slurm import JobState
+from launch.slurm import UNKNOWN, JobState, NoAnswer
 
 HEADER = ("RUN", "JOB", "STATE", "STEP", "IMG/S", "ETA", "SAVED", "SCORE", "REQUEUES")
 
@@ -58,8 +58,16 @@ def rows(runs: Iterable[Path]) -> list[Row]:
     """One for each run, of its latest job, with what its evaluations are at."""
     latest = jobs.latest(runs)
     evaluations = {run: jobs.latest(_unfinished(run)) for run in latest}
-    told = jobs.states(latest | {path: job for found in evaluations.values() for path, job in found.items()})
+    told = _told(latest | {path: job for found in evaluations.values() for path, job in found.items()})
     return [_row(run, job, told[run], _notes(evaluations[run], told)) for run, job in latest.items()]
+
+
+def _told(asked: dict[Path, Job]) -> dict[Path, JobState | None]:
+    """What a run has done can be shown without Slurm."""
+    try:
+        return jobs.states(asked)
+    except NoAnswer as error:
+        return dict.fromkeys(asked, JobState(UNKNOWN, error.message))
 
 
 def _unfinished(run: Path) -> list[Path]:
@@ -73,26 +81,28 @@ def _notes(evaluations: dict[Path, Job], told: dict[Path, JobState | None]) -> l
     notes = []
     for suite in dict.fromkeys(path.parent for path in evaluations):
         own = {path: told[path] for path in evaluations if path.parent == suite}
-        active = [state.name.lower() for state in own.values() if state is not None and state.active]
-        failed = [path for path, state in own.items() if state is None or not state.active]
+        active = [state.name.lower() for state in own.values() if state is not None and not state.over]
+        failed = [path for path, state in own.items() if state is None or state.over]
         if active:
             counts = ", ".join(f"{active.count(name)} {name}" for name in dict.fromkeys(active))
             notes.append(f"eval {suite.name}: {counts}")
         if failed:
-            job, more = evaluations[failed[-1]], f", and {len(failed) - 1} more" if len(failed) > 1 else ""
-            reason = "cancelled" if job.cancelled else why(failed[-1], job) or "its log does not say why"
-            notes.append(f"eval {suite.name}, step {step_of(failed[-1])}{more}: {reason}")
+            last, more = failed[-1], f", and {len(failed) - 1} more" if len(failed) > 1 else ""
+            end = end_of(last, evaluations[last], own[last])
+            notes.append(f"eval {suite.name}, step {step_of(last)}{more}: {end}")
     return notes
 
 
 def _row(run: Path, job: Job, state: JobState | None, notes: list[str]) -> Row:
     at = glance(run)
     name = state_name(job, state, at.finished)
-    if state is not None and state.active:
-        note = state.reason if state.name == "PENDING" and state.reason not in ("", "None") else None
+    if name == "finished":
+        note = None
+    elif state is not None and not state.over:
+        note = state.reason if state.name in ("PENDING", UNKNOWN) and state.reason not in ("", "None") else None
     else:
-        note = None if name == "finished" else why(run, job)
-        if name == "cancelled" and not (note or "").startswith("stopped by"):
+        note = why(run, job) or (None if job.starts else "it had not begun")
+        if name == "cancelled" and not (note or "").startswith("stopped by") and job.starts:
             note = f"it had no time to save what came after step {at.checkpoint}"
     requeues = sum(each.requeues for each in read_jobs(run))
     return Row(str(run), job, requeues, name, at, [*([note] if note else []), *notes])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import socket
 from collections.abc import Sequence
 from contextlib import redirect_stderr
@@ -21,6 +22,7 @@ from launch.executors import slurm_executor
 from launch.jobs import active_job
 from launch.recipe import LaunchedRun
 from launch.record import editing, now
+from launch.slurm import NoAnswer
 from launch.snapshot import Snapshot, take_snapshot
 from launch.task import LOGS, RECIPE, Task
 
@@ -91,7 +93,8 @@ def _to_slurm(tasks: Sequence[Task], executor: submitit.Executor) -> list[str]:
             jobs = [executor.submit(task) for task in tasks]
     except FailedJobError:
         words = " ".join(said.getvalue().replace("sbatch: error: ", "").split())
-        raise ConfigError(f"nothing is queued, for sbatch says: {words}") from None
+        silent = re.search("contact slurm|timed out|Try again|temporarily", words, re.IGNORECASE)
+        raise (NoAnswer if silent else ConfigError)(f"nothing is queued, for sbatch says: {words}") from None
     return [str(job.job_id) for job in jobs]
 
 
