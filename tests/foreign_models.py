@@ -55,8 +55,8 @@ def huggingface(registers: int | None, swiglu: bool = False, dim: int = 32, head
 
 def timm_model(name: str, **options: Any) -> nn.Module:
     """A timm model, random."""
+    allow_torchvision()  # first: timm imports it at once
     pytest.importorskip("timm")
-    allow_torchvision()
     import timm
 
     return randomise(timm.create_model(name, pretrained=False, num_classes=0, **options))

@@ -125,8 +125,8 @@ def test_transformers_prepares_images_as_the_folder_says(tmp_path: Path) -> None
     ],
 )
 def test_timm_opens_the_folder(tmp_path: Path, cfg: ModelConfig) -> None:
+    allow_torchvision()  # first: timm imports it at once
     timm = pytest.importorskip("timm")
-    allow_torchvision()
     model = make(cfg)
     assert export(model, "timm", tmp_path / "out") == []
     theirs = timm.create_model(f"local-dir:{tmp_path}/out", pretrained=True, dynamic_img_size=True).eval()
@@ -138,8 +138,8 @@ def test_timm_opens_the_folder(tmp_path: Path, cfg: ModelConfig) -> None:
 
 
 def test_timm_loads_the_file_strictly_into_its_own_architecture(tmp_path: Path) -> None:
+    allow_torchvision()  # first: timm imports it at once
     timm = pytest.importorskip("timm")
-    allow_torchvision()
     from safetensors.torch import load_file
 
     model = make(replace(REG, arch="vit_small", patch_size=14, image_size=56))
@@ -166,7 +166,6 @@ def test_a_dinov2_file_has_the_published_keys_and_timm_converts_it(
     tmp_path: Path, registers: int, swiglu: bool
 ) -> None:
     """timm has a converter of its own for Meta's files, whose code itself is on no package index."""
-    pytest.importorskip("timm")
     from foreign_models import timm_model
 
     cfg = replace(REG, num_registers=registers, layerscale=0.0, ffn="swiglu" if swiglu else "mlp")
@@ -306,3 +305,19 @@ def test_a_failed_export_leaves_what_was_there(tmp_path: Path, monkeypatch: pyte
         export(model, "hf", target, overwrite=True)
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_dinov2_file_cannot_say_is_noted(tmp_path: Path) -> None:
+    model = make(replace(REG, num_heads=4))
+    model.normalisation = ([0.5] * 3, [0.2] * 3)
+    notes = export(model, "dinov2", tmp_path / "out.pth")
+    assert any("the network has 4 heads" in note for note in notes)
+    assert any("normalised with mean [0.5, 0.5, 0.5]" in note for note in notes)
+
+
+def test_the_folder_that_one_stands_in_gives_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export(make(), "timm", tmp_path / "mine")
+    monkeypatch.chdir(tmp_path / "mine")
+    assert "wrote mine_hf;" in command(capsys, ".", "--format", "hf")[1]

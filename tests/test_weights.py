@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from foreign_models import huggingface, randomise, timm_model
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 import dinoreg
+from dinoreg.models.files import naming_a_full_disk
 from dinoreg.models.formats import WeightsError
 from dinoreg.models.vit import ModelConfig, VisionTransformer, build_vit
 from dinoreg.models.weights import compact, initialise, load_backbone, read_weights, save_backbone
@@ -276,7 +278,11 @@ def test_strange_names_and_shapes_are_refused_at_once(tmp_path: Path) -> None:
             assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("metadata", ["", "[]", "{", '{"depth": 1000000000}', '{"depth": "2"}', '{"patch_size": 0}'])
+@pytest.mark.parametrize(
+    "metadata",
+    ["", "[]", "{", '{"depth": 1000000000}', '{"depth": "2"}', '{"patch_size": 0}', '{"activation": "relu"}',
+     '{"ffn": "moe"}', '{"norm_eps": NaN}'],
+)  # fmt: skip
 def test_our_own_header_may_be_forged_too(tmp_path: Path, metadata: str) -> None:
     save_file(dict(make().state_dict()), tmp_path / "own.safetensors", {"dinoreg.model": metadata})
     with pytest.raises(WeightsError) as caught:
@@ -321,3 +327,41 @@ def test_sharded_huggingface_folder(tmp_path: Path) -> None:
 def test_compact_names() -> None:
     keys = ["cls_token", *[f"blocks.{i}.{p}" for i in (0, 1, 2, 5) for p in ("a.b", "c")], "norm.bias"]
     assert compact(keys) == ["cls_token", "blocks.{0-2,5}.a.b", "blocks.{0-2,5}.c", "norm.bias"]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+def test_quantised_weights_are_not_taken_for_weights(tmp_path: Path, dtype: torch.dtype) -> None:
+    state = {key: t.to(dtype) if key.endswith("qkv.weight") else t for key, t in make().state_dict().items()}
+    save_backbone(tmp_path / "small.safetensors", state, TINY)
+    with pytest.raises(WeightsError, match=r"quantised, or no weights: blocks.{0-\d}.attn.qkv.weight of the type"):
+        load_backbone(tmp_path / "small.safetensors")
+
+
+@pytest.mark.parametrize("said", ["[[0.5, 0.5, 0.5], [0, 0, 0]]", "[[0.5], [0.1]]", "[[0.5, 0.5, NaN], [1, 1, 1]]"])
+def test_a_normalisation_that_is_none_is_refused(tmp_path: Path, said: str) -> None:
+    save_backbone(tmp_path / "own.safetensors", make().state_dict(), TINY, {"dinoreg.normalisation": said})
+    with pytest.raises(WeightsError, match="are not those of images of 3 channels"):
+        load_backbone(tmp_path / "own.safetensors")
+
+
+def test_a_run_without_a_teacher_and_an_empty_name_are_called_so(tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(WeightsError, match="a run that has written no teacher yet"):
+        load_backbone(tmp_path / "run")
+    with pytest.raises(WeightsError, match="the name is empty"):
+        load_backbone("")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 100096 vs 99984"),
+        OSError(28, "No space left on device"),
+    ],
+)
+def test_a_full_disk_is_told_with_the_file(error: Exception) -> None:
+    with pytest.raises(OSError, match=r"No space left on device: 'out.pth'"), naming_a_full_disk(Path("out.pth")):
+        raise error
+    with pytest.raises(RuntimeError, match="something else"), naming_a_full_disk(Path("out.pth")):
+        raise RuntimeError("something else")

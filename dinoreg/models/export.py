@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dinoreg.models.files import naming_a_full_disk
 from dinoreg.models.foreign import dino, huggingface, timm
 from dinoreg.models.formats import IMAGENET, WeightsError
 from dinoreg.models.onnx_export import write_onnx
@@ -30,7 +31,7 @@ def export(model: VisionTransformer, kind: str, output: Path, overwrite: bool = 
     cannot hold this network or `output` is not free.
     """
     demand_free(output, kind, overwrite)
-    with torch.no_grad(), _appearing(output, kind in FOLDERS) as place:
+    with torch.no_grad(), naming_a_full_disk(output), _appearing(output, kind in FOLDERS) as place:
         return _write(model, kind, place)
 
 
@@ -55,6 +56,8 @@ def _write(model: VisionTransformer, kind: str, place: Path) -> list[str]:
         return []
     if kind == "dinov2":
         state, notes = dino.write_dinov2(model)
+        if (mean, std) != IMAGENET:
+            notes.append(f"the file does not say that images are normalised with mean {mean}, std {std}")
         torch.save(_own(state), place)
         return notes
     if kind == "timm":

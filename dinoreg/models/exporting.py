@@ -30,7 +30,7 @@ def main(asked: Namespace) -> int:
     from dinoreg.models.weights import load_backbone
 
     path = Path(asked.weights.removeprefix("hf:"))
-    stem = path.name if path.is_dir() or asked.weights.startswith("hf:") else path.stem
+    stem = path.resolve().name if path.is_dir() else path.name if asked.weights.startswith("hf:") else path.stem
     output = asked.output or Path(stem + ENDINGS[asked.format])
     demand_free(output, asked.format, asked.overwrite)
     model = load_backbone(asked.weights, trust=asked.trust)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from dinoreg.models.formats import WeightsError
 
@@ -128,3 +131,22 @@ def download(name: str) -> Path:
 def first_line(error: Exception) -> str:
     """The first line of what an error says, or else its kind."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+@contextmanager
+def naming_a_full_disk(path: Path) -> Iterator[None]:
+    """Raises OSError with the file's name where writers of weights say in words of their own that there is no room."""
+    try:
+        yield
+    except SafetensorError as error:
+        if "os error 28" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    except RuntimeError as error:  # torch's writer of archives finds less in the file than it wrote
+        if "unexpected pos" not in str(error) and "file write failed" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error

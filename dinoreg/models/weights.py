@@ -7,14 +7,16 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from math import isfinite
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dinoreg.models.adapt import adapt
-from dinoreg.models.files import download, first_line, open_path
+from dinoreg.models.files import download, first_line, naming_a_full_disk, open_path
 from dinoreg.models.foreign.detect import convert
 from dinoreg.models.formats import Weights, WeightsError, depth_of, describe, infer_config
 from dinoreg.models.vit import ModelConfig, VisionTransformer, build_vit
@@ -36,7 +38,8 @@ def save_backbone(
     metadata = {**(extra or {}), "format": "pt", METADATA_KEY: json.dumps(own)}
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        save_file({k: t.detach().cpu().contiguous() for k, t in state.items()}, partial, metadata)
+        with naming_a_full_disk(path):
+            save_file({k: t.detach().cpu().contiguous() for k, t in state.items()}, partial, metadata)
         with partial.open("rb") as file:
             os.fsync(file.fileno())  # or a power cut could leave an empty file under the final name
         partial.chmod(0o644)  # the library makes files that colleagues cannot read
@@ -131,16 +134,23 @@ def initialise(model: VisionTransformer, path: str | Path, trust: bool = False) 
 
 def read_weights(path_or_name: str | Path, trust: bool = False) -> Weights:
     """Parameters under this project's names from any file or folder that `load_backbone` accepts."""
+    if not str(path_or_name):
+        raise WeightsError("no file of weights is named: the name is empty")
     path = download(str(path_or_name)[3:]) if str(path_or_name).startswith("hf:") else Path(path_or_name)
     with _naming(path_or_name):
-        if (path / "teacher").is_dir():
+        if (path / "teacher").is_dir() or (path / "checkpoints").is_dir():
             path = newest_teacher(path)
         opened = open_path(path, trust)
         if METADATA_KEY in (opened.metadata or {}):
             weights = _own_weights(opened.content, opened.metadata or {})
         else:
             weights = convert(opened.content, opened.config, pickled=opened.metadata is None)
-        bad = [key for key, tensor in weights.state.items() if not tensor.isfinite().all()]
+        layers = {key: tensor for key, tensor in weights.state.items() if key.endswith((".weight", ".bias"))}
+        if strange := [key for key, tensor in layers.items() if not tensor.is_floating_point()]:
+            kind = str(weights.state[strange[0]].dtype).removeprefix("torch.")
+            raise WeightsError(f"quantised, or no weights: {_listed(strange)} of the type {kind}")
+        _demand_normalisation(weights)
+        bad = [key for key, tensor in weights.state.items() if not tensor.float().isfinite().all()]
         if bad:
             raise WeightsError(f"not finite: {_listed(bad)}")
     return weights
@@ -173,6 +183,7 @@ def _naming(path: str | Path) -> Iterator[None]:
 def _own_weights(state: dict[str, Tensor], metadata: Mapping[str, str]) -> Weights:
     try:
         config = ModelConfig(**json.loads(metadata[METADATA_KEY]))
+        _demand_known_values(config)
         config.check()
     except (TypeError, ValueError) as error:
         raise WeightsError(f"written by another version of dinoreg ({error})") from None
@@ -187,8 +198,29 @@ def _own_weights(state: dict[str, Tensor], metadata: Mapping[str, str]) -> Weigh
         heads=config.size.num_heads,
         config=config,
         normalisation=tuple(normalisation) if normalisation else None,
-        step=int(metadata["step"]) if metadata.get("step", "").isdigit() else None,
+        step=int(metadata["step"]) if metadata.get("step", "").isdecimal() else None,
     )
+
+
+def _demand_known_values(config: ModelConfig) -> None:
+    """Raises ValueError for an option of a later version, which would be built as if it were another."""
+    kinds = get_type_hints(ModelConfig)
+    for name, value in asdict(config).items():
+        if get_origin(kinds[name]) is Literal and value not in get_args(kinds[name]):
+            raise ValueError(f"{name}={value}")
+        if isinstance(value, float) and not isfinite(value):
+            raise ValueError(f"{name}={value}")
+
+
+def _demand_normalisation(weights: Weights) -> None:
+    """Raises WeightsError unless mean and std, where they are said, are numbers for each channel."""
+    if weights.normalisation is None:
+        return
+    mean, std = weights.normalisation
+    channels = weights.state["patch_embed.proj.weight"].shape[1]
+    sound = len(mean) == len(std) == channels and all(isfinite(value) for value in (*mean, *std)) and min(std) > 0
+    if not sound:
+        raise WeightsError(f"mean {mean} and std {std} are not those of images of {channels} channels")
 
 
 def _demand_same_keys(model: VisionTransformer, state: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dinoreg.models.foreign.checkpoint import Checkpoint, demand, join, rename, with_layerscale
-from dinoreg.models.formats import Weights, WeightsError
+from dinoreg.models.formats import HEADS, Weights, WeightsError
 from dinoreg.models.vit import VisionTransformer
 
 
@@ -91,8 +91,12 @@ def write_dinov2(model: VisionTransformer) -> tuple[dict[str, Tensor], list[str]
     config = model.config
     demand(config, "the dinov2 format", rope_base=0, pre_norm=False, norm_eps=1e-6, activation="gelu")
     state = with_layerscale(model.state_dict())
+    heads, notes = config.size.num_heads, list[str]()
+    if HEADS.get(config.size.embed_dim) != heads:
+        notes.append(f"the file does not say that the network has {heads} heads, nor does its width")
     usual = (True, 0.0) if config.num_registers else (False, 0.1)
     if (config.pos_antialias, config.pos_offset) == usual:
-        return state, []
+        return state, notes
     arguments = f"interpolate_antialias={config.pos_antialias}, interpolate_offset={config.pos_offset:g}"
-    return state, [f"at other image sizes than {config.image_size} it is the same network only built with {arguments}"]
+    notes.append(f"at other image sizes than {config.image_size} it is the same network only built with {arguments}")
+    return state, notes

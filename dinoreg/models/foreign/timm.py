@@ -77,7 +77,7 @@ def write(
     eps = 1e-5 if config.pre_norm else 1e-6  # which of them is a matter of the architecture's name
     demand(config, f"timm's {'CLIP' if config.pre_norm else 'DINOv2'} transformer", rope_base=0, norm_eps=eps)
     if config.pre_norm and (config.ffn == "swiglu" or model.patch_embed.proj.bias.any()):  # type: ignore[union-attr]
-        raise WeightsError("timm's CLIP transformer has no place for ffn=swiglu and a bias of the patch embedding")
+        raise WeightsError("timm's CLIP transformer has no place for ffn=swiglu or a bias of the patch embedding")
     state = dict(model.state_dict())
     del state["mask_token"]
     positions = state["pos_embed"]
