@@ -17,6 +17,8 @@ OF_ONE_MACHINE = ("/tmp", "/var/tmp", "/dev/shm", "/run")
 
 def check_slurm(asked: LaunchConfig, folder: Path) -> None:
     """Raises ConfigError on what the cluster cannot do, and on a run directory that its nodes cannot see."""
+    if found := re.search(r"%\d*[a-zA-Z%]|\\|\n", str(folder)):
+        raise ConfigError(f"Slurm would read {found.group()!r} in the name of a log as something else", key="run_dir")
     slurm.require_slurm()
     _check_run_dir(folder, find_partition(asked, slurm.partitions()))
 

@@ -10,8 +10,8 @@ from dinoreg.config import ConfigError
 from launch.recipe import LaunchedRun, load_launched
 from launch.record import read_jobs
 from launch.snapshot import Snapshot, take_snapshot
-from launch.submit import Cluster, submit
-from launch.sweep import is_sweep, leave_out, runs_of, submit_runs
+from launch.submit import Cluster, check, submit
+from launch.sweep import alone, is_sweep, leave_out, runs_of, submit_runs
 from launch.task import RECIPE
 
 
@@ -25,14 +25,18 @@ def resume(folder: Path, overrides: Sequence[str], cluster: Cluster, new_code: b
 
 def _resume_sweep(folder: Path, overrides: Sequence[str], cluster: Cluster, new_code: bool) -> dict[Path, str]:
     folder = folder.absolute()
-    runs = {run.name: run for run in runs_of(folder)}
-    left = leave_out(runs)
-    configs = {name: _again(run, overrides) for name, run in runs.items() if name not in left}
-    if not configs:
-        raise ConfigError(f"{folder} has no run to go on with: {_counted(list(left.values()))}")
-    codes = [code for name in configs if (code := _last_code(runs[name])) is not None]
-    code = take_snapshot(folder) if new_code or not codes else codes[-1]
-    return {runs[name]: job for name, job in submit_runs(configs, folder, cluster, code).items()}
+    with alone(folder):
+        runs = {run.name: run for run in runs_of(folder)}
+        left = leave_out(runs)
+        configs = {name: _again(run, overrides) for name, run in runs.items() if name not in left}
+        if not configs:
+            raise ConfigError(f"{folder} has no run to go on with: {_counted(list(left.values()))}")
+        if cluster == "debug":
+            raise ConfigError("a debugger watches one run: give one of the sweep's", key="--cluster")
+        check(next(iter(configs.values())).launch, folder, cluster)
+        codes = [code for name in configs if (code := _last_code(runs[name])) is not None]
+        code = take_snapshot(folder) if new_code or not codes else codes[-1]
+        return {runs[name]: job for name, job in submit_runs(configs, folder, cluster, code).items()}
 
 
 def _again(run_dir: Path, overrides: Sequence[str]) -> LaunchedRun:

@@ -21,7 +21,7 @@ from launch.config import LaunchConfig
 from launch.executors import slurm_executor
 from launch.jobs import active_job
 from launch.recipe import LaunchedRun
-from launch.record import editing, now
+from launch.record import NAME, editing, locked, now
 from launch.slurm import NoAnswer
 from launch.snapshot import Snapshot, take_snapshot
 from launch.task import LOGS, RECIPE, Task
@@ -41,15 +41,21 @@ def submit(config: LaunchedRun, cluster: Cluster, code: Snapshot | None = None) 
     the queue then.
     """
     run_dir = Path(config.run_dir)
+    _refuse_second(run_dir)
+    check(config.launch, run_dir, cluster)
+    with locked(run_dir / f"{NAME}.submitting"):
+        _refuse_second(run_dir)  # of two commands at once, the one that came later
+        code = code or take_snapshot(run_dir)
+        return queue([training(config, cluster, code)], config.launch, run_dir, cluster, code)[0]
+
+
+def _refuse_second(run_dir: Path) -> None:
     if (job := active_job(run_dir)) is not None:
         raise ConfigError(
             f"{run_dir} has job {job.id} already; see dinoreg-launch status {run_dir}, or dinoreg-launch cancel "
             f"{run_dir}",
             key="run_dir",
         )
-    check(config.launch, run_dir, cluster)
-    code = code or take_snapshot(run_dir)
-    return queue([training(config, cluster, code)], config.launch, run_dir, cluster, code)[0]
 
 
 def check(asked: LaunchConfig, folder: Path, cluster: Cluster) -> None:

@@ -65,7 +65,7 @@ def submit(sweep: Sweep, cluster: Cluster) -> tuple[dict[str, str], dict[str, st
     Raises ConfigError, with nothing in the queue.
     """
     check(sweep.first.launch, sweep.folder, cluster)
-    with _alone(sweep.folder):
+    with alone(sweep.folder):
         left = leave_out({name: Path(config.run_dir) for name, config in sweep.runs.items()})
         wanted = {name: config for name, config in sweep.runs.items() if name not in left}
         _write(sweep)
@@ -144,7 +144,7 @@ def _write(sweep: Sweep) -> None:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """Raises ConfigError while another command submits runs of the same folder."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{SWEEP}.lock").open("a") as lock:

@@ -94,6 +94,7 @@ def test_the_script_says_what_the_recipe_does(images: Path, tmp_path: Path) -> N
         ([], "no sbatch on PATH: this is no machine of a Slurm cluster"),
         (["launch.nodes=2", "--cluster", "local"], "launch.nodes: this machine is one node, not 2"),
         (["launch.gpus_a_node=2", "--cluster", "debug"], "launch.gpus_a_node: a debugger watches one process"),
+        (["run_dir=runs/50%j"], "run_dir: Slurm would read '%j' in the name of a log as something else"),
         (["run_dir=/proc/run", "--cluster", "local"], "run_dir: /proc/run: No such file or directory"),
     ],
 )
@@ -295,6 +296,21 @@ def test_tasks_of_this_machine_run_stop_and_go_on(images: Path, tmp_path: Path) 
     first, second = read_jobs(run_dir)
     assert second.starts[0].step == done and second.code == first.code
     assert "again, to go on from the last checkpoint" in launch("logs", run_dir, env=env)
+
+
+def test_of_two_commands_at_once_one_submits_the_run(images: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    options = [f"data.sources={images}", f"run_dir={run_dir}", "launch.setup=[sleep 60]", "--cluster", "local"]
+    command = [sys.executable, "-m", "launch", "train", str(TINY), *options]
+    both = [
+        subprocess.Popen(command, env=outside(), cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    said = [process.communicate(timeout=300)[1] for process in both]
+    (job,) = read_jobs(run_dir)
+    assert sorted(process.returncode for process in both) == [0, 2]
+    assert "".join(said).startswith(f"dinoreg-launch: run_dir: {run_dir} has job {job.id} already")
+    launch("cancel", run_dir, env=outside())
+    until(lambda: read_jobs(run_dir)[0].ended, "the end")
 
 
 def test_debug_becomes_the_run_in_this_process(images: Path, tmp_path: Path) -> None:

@@ -134,6 +134,8 @@ def test_a_sweep_of_this_machine_runs_is_extended_cancelled_and_resumed(images: 
     assert launch("cancel", folder, env=env).count("cancelled") == 2
     until(lambda: all(read_jobs(run)[-1].ended for run in both), "the end of both")
     assert "num_registers=1 | job " in launch("logs", folder, env=env)
+    assert "no sbatch on PATH" in launch("resume", folder, env=outside(PATH="/nowhere"), fails=True)
+    assert "watches one run" in launch("resume", folder, "--cluster", "debug", env=env, fails=True)
     assert launch("resume", folder, "--cluster", "local", env=env).count("job ") == 2
     assert "has no run to go on with: 1 finished, 2 " in launch(
         "resume", folder, "--cluster", "local", env=env, fails=True
