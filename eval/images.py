@@ -166,6 +166,10 @@ def find_parts(place: Place) -> tuple[str, str]:
     train = _part_in(place.root, "train")
     test = next((found for name in TEST_NAMES if (found := _part_in(place.root, name))), None)
     if train is None or test is None:
+        if packed := sorted(path.name for ending in ("tar.gz", "tgz") for path in place.root.glob(f"*.{ending}")):
+            raise ConfigError(
+                f"{place.root}/{packed[0]} is compressed, and cannot be read in any order: gunzip it", "--data"
+            )
         raise ConfigError(
             f"{place.root} holds no {'train' if train is None else 'val or test'} folder or shards: give a folder with "
             "train/CLASS and val/CLASS or with train-*.tar and val-*.tar, or both parts as train=DIR and test=DIR",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -40,9 +41,7 @@ class Job:
 def run_jobs(asked: Namespace, jobs: Sequence[Job]) -> int:
     """What the command line asked for; returns the exit code. All options are checked before anything is computed."""
     quick = asked.preset == "quick"
-    configs = [
-        load(schema := job.suite.schema(), None, [*(schema.quick() if quick else []), *job.overrides]) for job in jobs
-    ]
+    configs = [_config(job, quick, alone=len(jobs) == 1) for job in jobs]
     places = [Place.of(job.data) for job in jobs]
     ranks = setup_ranks()
     try:
@@ -55,16 +54,29 @@ def run_jobs(asked: Namespace, jobs: Sequence[Job]) -> int:
             said = ranks.from_main(partial(check_output, output, job.suite.name, backbone))
             if said and ranks.is_main:
                 print(said, flush=True)
-        for job, config, place, output in zip(jobs, configs, places, outputs, strict=True):
-            workers = choose_workers(ranks.local_world)
-            context = Context(ranks, place, output, asked.cache or default_cache(), workers)
-            results.append(_run(job.suite, config, backbone, context, asked))
-        if ranks.is_main:
-            show(results)
-            write_pages(outputs)
+        try:
+            for job, config, place, output in zip(jobs, configs, places, outputs, strict=True):
+                workers = choose_workers(ranks.local_world)
+                context = Context(ranks, place, output, asked.cache or default_cache(), workers)
+                results.append(_run(job.suite, config, backbone, context, asked))
+        finally:  # also what was measured before another suite's data turned out to be wrong
+            if ranks.is_main and results:
+                show(results)
+                write_pages(outputs[: len(results)])
     finally:
         ranks.close()
     return 0
+
+
+def _config(job: Job, quick: bool, alone: bool) -> Any:
+    """The suite's options. Raises ConfigError, with the suite's name in the key where there are several suites."""
+    schema = job.suite.schema()
+    try:
+        return load(schema, None, [*(schema.quick() if quick else []), *job.overrides])
+    except ConfigError as error:
+        if alone:
+            raise
+        raise ConfigError(error.message, f"{job.suite.name}.{error.key}") from None
 
 
 def _run(suite: Suite, config: object, backbone: Backbone, context: Context, asked: Namespace) -> Result:

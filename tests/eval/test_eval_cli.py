@@ -114,6 +114,7 @@ def test_results_lie_beside_the_run_that_made_the_weights(
         (["knn", "--weights", "W", "--data", "D", "kk=3"], "dinoreg-eval: kk: no such option; the nearest is k"),
         (["all", "--weights", "W"], "dinoreg-eval: no data: give some of --data-imagenet"),
         (["all", "--weights", "W", "--data-imagenet", "D", "k=3"], "'k=3' begins with the name of no suite that runs"),
+        (["all", "--weights", "W", "--data-imagenet", "D", "knn.kk=3"], "knn.kk: no such option; the nearest is k"),
         (["knn", "--weights", "EMPTY", "--data", "D"], "EMPTY"),
     ],
 )
@@ -200,3 +201,14 @@ def test_files_that_everybody_calls_model_get_results_of_their_own(
     assert run("knn", "--weights", "one/model.safetensors", *words) == 0
     assert run("knn", "--weights", "v1.5", *words) == 0
     assert {path.name for path in (tmp_path / "results").iterdir()} == {"one", "v1.5"}
+
+
+def test_what_was_measured_before_a_mistake_is_shown(
+    tmp_path: Path, data: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--weights", weights, "--output", tmp_path / "out", "--cache", tmp_path / "cache", "--preset", "quick")
+    small = ("imagenet-linear.steps=2", "logreg.c_steps=1", "logreg.max_iter=2", "knn.k=[20]")
+    assert run("all", *words, *small, "--data-imagenet", data, "--data-ade20k", data) == 2
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1].startswith("dinoreg-eval: --data: ")
+    assert "top1_k20" in said.out and (tmp_path / "out" / "report.html").is_file()

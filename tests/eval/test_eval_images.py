@@ -83,6 +83,10 @@ def test_a_data_set_has_the_same_hash_wherever_it_lies_and_another_when_it_chang
         ),
         (lambda data: shutil.rmtree(data / "train" / "class1"), "class1, which the training images do not have"),
         (lambda data: shutil.rmtree(data / "val"), "holds no val or test folder or shards"),
+        (
+            lambda data: [shutil.rmtree(data / "val"), (data / "val-000.tar.gz").touch()],
+            "val-000.tar.gz is compressed, .*: gunzip it",
+        ),
         (lambda data: shutil.rmtree(data / "train"), "holds no train folder or shards"),
         (lambda data: [file.unlink() for file in (data / "train").glob("*/*")], "train holds no images"),
         (lambda data: shutil.copy(data / "val/class0/000.png", data / "val"), "lies in no class folder"),
