@@ -11,17 +11,21 @@ import numpy as np
 import pytest
 import torch
 from evaluating import Counting, Planted, run_suite, surroundings, write_classes, write_data, write_weights
+from PIL import Image
 
 from dinoreg.config import ConfigError, load
+from dinoreg.data.counter import Purpose, generator
+from dinoreg.data.crops import CropConfig, draw_boxes
 from dinoreg.parallel.mesh import Ranks
 from eval.augment import Augmented, Order, numbers_of
+from eval.features import Features
 from eval.forward import PATCH_MEAN, cls_of
 from eval.heads import FeatureSet, Heads
-from eval.images import Images, Part
+from eval.images import Images, Part, hold_out
 from eval.probe import Probe, all_alike
 from eval.results import Result
 from eval.suites.linear import LinearConfig
-from eval.training import Schedule, _resume
+from eval.training import FromFeatures, Schedule, _resume, train
 
 QUICK = ("steps=60", "batch_size=32", "rates=[0.001, 0.1]")
 KILLED = ("steps=12", "batch_size=16", "augment=true", "save_every=5", "precision=fp32", "layers=[1]")
@@ -210,3 +214,37 @@ def test_a_damaged_state_of_a_training_and_images_that_changed_under_it_are_noti
     (context.cache / "damaged.pt").write_bytes(b"damaged")
     with pytest.raises(ConfigError, match=r"damaged.pt is damaged: remove it"):
         _resume(None, context.cache / "damaged.pt", context)  # type: ignore[arg-type]
+
+
+def test_training_crops_are_pillows_of_the_drawn_boxes(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data", 6, 1)
+    images = Images(data / "train")
+    augmented, crop = Augmented(Part(images, np.arange(len(images))), 16, 5), CropConfig(16, (0.08, 1.0), 0)
+    flips = 0
+    for number in range(24):
+        pixels, label, place = augmented[number]
+        drawn = draw_boxes(crop, generator(5, Purpose.CROP, number), 32, 32)
+        left, top, width, height = drawn.boxes[0].tolist()
+        with Image.open(images.name(place)) as image:
+            cut = image.crop((left, top, left + width, top + height)).resize((16, 16), Image.Resampling.BICUBIC)
+        expected = np.asarray(cut)[:, ::-1] if drawn.flips[0] else np.asarray(cut)
+        flips += bool(drawn.flips[0])
+        difference = np.abs(expected.transpose(2, 0, 1).astype(int) - pixels.numpy().astype(int))
+        assert difference.mean() < 0.5  # of noise: 20 where anything is in another place; the kernels clip differently
+        assert f"class{label}" in images.name(place)
+    assert 4 < flips < 20
+
+
+def test_labels_of_images_held_out_teach_nothing(tmp_path: Path) -> None:
+    """Were they seen in training, the best would be chosen by what it knows."""
+    stored = Features({cls_of(1): np.random.default_rng(0).random((40, 8)).astype(np.float16)}, np.ones(40, bool), 0)
+    held, kept = hold_out(40, 0.25, 0)
+    labels, context = torch.arange(40) % 4, surroundings(tmp_path, write_data(tmp_path / "data", 1, 1))
+    trained = []
+    for change in (0, 1):
+        other = labels.clone()
+        other[torch.from_numpy(held)] = (other[torch.from_numpy(held)] + change) % 4
+        heads, schedule = Heads({FeatureSet(1, False): 8}, [0.1], 4, torch.device("cpu")), Schedule(20, 8, 0, 100)
+        train(heads, FromFeatures(stored, other, kept, schedule, context), schedule, context, str(change))
+        trained.append(heads.state())
+    assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
