@@ -17,16 +17,17 @@ LEAVE = 300  # seconds that tasks may end after the first of them; the first tel
 
 # After all tasks have ended. 75: asked to stop, and saved; 76: another task was lost; above 128: killed. What came
 # otherwise is an error, which would come again, and so would what kept launch/task.py from saying that it started, and
-# from counting. Whoever cancelled the job does not want it back.
+# from counting. Whoever cancelled the job does not want it back. A controller may be starting anew just then.
 REQUEUE = """\
 code=$?
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
+patient() { "$@" || { sleep 10; "$@"; } || { sleep 30; "$@"; }; }
 began() { grep -q "^job $job, start $((${SLURM_RESTART_COUNT:-0} + 1))," LOG; }
 if { [ "$code" -eq 75 ] || [ "$code" -eq 76 ] || [ "$code" -gt 128 ]; } && began; then
-  if [ "$(squeue -h -j "$job" -o %T)" = RUNNING ]; then
+  if [ "$(patient squeue -h -j "$job" -o %T)" = RUNNING ]; then
     echo "dinoreg-launch: ended with $code; back to the queue, to go on from the last checkpoint"
-    scontrol requeue "$job"
+    patient scontrol requeue "$job"
   fi
 fi
 exit "$code\""""

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dinoreg.config import ConfigError
+
 NAME = "launch.json"
 
 
@@ -51,10 +53,17 @@ class Job:
 
 
 def read_jobs(run_dir: Path) -> list[Job]:
-    """All jobs of a run, the latest last; none where nothing was launched."""
-    path = run_dir / NAME
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """All jobs of a run, the latest last; none where nothing was launched. Raises ConfigError on a damaged record."""
+    content = read_record(run_dir / NAME)
     return [Job(**{**each, "starts": [Start(**start) for start in each["starts"]]}) for each in content.get("jobs", [])]
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What a JSON file of the launcher holds; nothing where there is none. Raises ConfigError where it is torn."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    except ValueError:
+        raise ConfigError(f"{path} is damaged; see that no job of the run is left, and remove it") from None
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import dinoreg
+from dinoreg.config import ConfigError
 
 PARTS = ("dinoreg", "launch", "eval", "configs")  # what a run may need; each where it exists
 # Python runs a folder by this file, and finds the packages beside it before any others.
@@ -34,7 +36,12 @@ def take_snapshot(run_dir: Path) -> Snapshot:
     folder = run_dir / "code" / digest.hexdigest()[:12]
     commit, difference = _commit(root)
     if not folder.exists():
-        _copy(root, files, folder, commit, difference)
+        try:
+            _copy(root, files, folder, commit, difference)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise ConfigError(f"no room for a copy of the program in {run_dir}: {error.strerror}") from None
     return Snapshot(folder, commit)
 
 

@@ -6,8 +6,8 @@ import io
 import os
 import re
 import socket
-from collections.abc import Sequence
-from contextlib import redirect_stderr
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +15,7 @@ import submitit
 from submitit.core.utils import FailedJobError
 
 from dinoreg.config import ConfigError, to_yaml
-from launch import local
+from launch import local, slurm
 from launch.checks import check_local, check_slurm
 from launch.config import LaunchConfig
 from launch.executors import slurm_executor
@@ -87,21 +87,40 @@ def queue(
         ids = _to_slurm(tasks, slurm_executor(asked, folder, Path(tasks[0].code), name or folder.name))
     else:
         ids = local.start(tasks, asked, folder)
-    for task, job_id in zip(tasks, ids, strict=True):
-        _note(task, job_id, folder, code)
+    try:
+        for task, job_id in zip(tasks, ids, strict=True):
+            _note(task, job_id, folder, code)
+    except OSError as error:
+        if cluster == "slurm":  # nobody would know of it
+            slurm.cancel(ids[0].partition("_")[0])
+        raise ConfigError(f"{folder} cannot be written to: {error.strerror}; its jobs are cancelled") from None
     return ids
 
 
 def _to_slurm(tasks: Sequence[Task], executor: submitit.Executor) -> list[str]:
     said = io.StringIO()
     try:
-        with redirect_stderr(said), executor.batch():  # where submitit prints what sbatch says
+        with _outside(), redirect_stderr(said), executor.batch():  # where submitit prints what sbatch says
             jobs = [executor.submit(task) for task in tasks]
     except FailedJobError:
         words = " ".join(said.getvalue().replace("sbatch: error: ", "").split())
         silent = re.search("contact slurm|timed out|Try again|temporarily", words, re.IGNORECASE)
         raise (NoAnswer if silent else ConfigError)(f"nothing is queued, for sbatch says: {words}") from None
     return [str(job.job_id) for job in jobs]
+
+
+@contextmanager
+def _outside() -> Iterator[None]:
+    """Where one submits from a job, sbatch would hand that job's memory, CPUs and binding on to the new one's srun."""
+    inside = "SLURM_JOB_ID" in os.environ
+    own = {name: value for name, value in os.environ.items() if inside and name.startswith("SLURM_")}
+    own.pop("SLURM_CONF", None)
+    for name in own:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(own)
 
 
 def _note(task: Task, job_id: str, folder: Path, code: Snapshot) -> None:

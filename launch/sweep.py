@@ -16,7 +16,7 @@ from launch import jobs
 from launch.glance import glance
 from launch.grid import Axis, name_of, points, short_names, split_axes
 from launch.recipe import LaunchedRun, load_launched
-from launch.record import NAME, read_jobs
+from launch.record import NAME, read_jobs, read_record
 from launch.snapshot import Snapshot, take_snapshot
 from launch.status import natural, state_name
 from launch.submit import Cluster, check, queue, training
@@ -109,7 +109,7 @@ def axes_of(folder: Path) -> list[str]:
     """The keys of a sweep. Raises ConfigError where there is none."""
     if not is_sweep(folder):
         raise ConfigError(f"{folder} is no folder of a sweep: it has no {SWEEP}")
-    return list(json.loads((folder / SWEEP).read_text(encoding="utf-8"))["axes"])
+    return list(read_record(folder / SWEEP)["axes"])
 
 
 def _refuse_other(folder: Path, keys: list[str], first: LaunchedRun) -> None:

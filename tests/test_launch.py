@@ -249,6 +249,26 @@ def test_a_slurm_that_does_not_answer_is_no_reason_to_submit_again(images: Path,
     assert f"{run_dir} has job 7 already" in launch(*again, env=env, fails=True)
 
 
+def test_a_job_that_is_submitted_from_another_job_inherits_nothing_of_it(images: Path, tmp_path: Path) -> None:
+    commands, run_dir = tmp_path / "bin", tmp_path / "run"
+    commands.mkdir()
+    answers = {"sbatch": f"env > {tmp_path}/env; echo Submitted batch job 7", "srun": "", "squeue": "",
+               "sinfo": f"echo 'main*|(null)|2|{socket.gethostname().split(chr(46))[0]}'",
+               "scancel": f"echo $1 > {tmp_path}/end"}  # fmt: skip
+    for name, answer in answers.items():
+        (commands / name).write_text(f"#!/bin/sh\n{answer}\n")
+        (commands / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "6", "SLURM_MEM_PER_CPU": "1024", "SLURM_CONF": "/slurm.conf"}
+    env = outside(PATH=f"{commands}:{os.environ['PATH']}", **job)
+    words = [TINY, f"data.sources={images}"]
+    assert "job 7: " in launch("train", *words, f"run_dir={run_dir}", env=env)
+    names = {line.partition("=")[0] for line in (tmp_path / "env").read_text().splitlines()}
+    assert "SLURM_CONF" in names and not names & {"SLURM_JOB_ID", "SLURM_MEM_PER_CPU"}
+    (tmp_path / "other" / "launch.json.new").mkdir(parents=True)  # so that the record cannot be written
+    assert "its jobs are cancelled" in launch("train", *words, f"run_dir={tmp_path / 'other'}", env=env, fails=True)
+    assert (tmp_path / "end").read_text() == "7\n"
+
+
 def test_a_job_that_was_cancelled_before_it_began_has_lost_nothing(tmp_path: Path) -> None:
     slurm_job(tmp_path, "7")
     with editing(tmp_path, "7") as job:
@@ -256,6 +276,16 @@ def test_a_job_that_was_cancelled_before_it_began_has_lost_nothing(tmp_path: Pat
     assert launch("status", tmp_path, env=outside(PATH="/nowhere")).splitlines()[2] == "    it had not begun"
     assert end_of(tmp_path, Job("8"), JobState("OUT_OF_MEMORY")) == "out of memory"
     assert end_of(tmp_path, Job("8"), JobState("CANCELLED")) == "cancelled"
+
+
+def test_damaged_records_are_said_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "launch.json").write_text('{"jobs": [{"id')
+    said = f"dinoreg-launch: {tmp_path}/launch.json is damaged; see that no job of the run is left, and remove it\n"
+    for words in (["status"], ["cancel"], ["logs"]):
+        assert launch(*words, tmp_path, env=outside(PATH="/nowhere"), fails=True) == said
+    (tmp_path / "sweep.json").write_text("[")
+    said = f"dinoreg-launch: {tmp_path}/sweep.json is damaged; see that no job of the run is left, and remove it\n"
+    assert launch("sweep", "--table", tmp_path, env=outside(PATH="/nowhere"), fails=True) == said
 
 
 def test_whoever_reads_only_the_head_of_a_table_sees_no_traceback(tmp_path: Path) -> None:
