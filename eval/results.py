@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import dinoreg
+from dinoreg.models.files import naming_a_full_disk
 from eval.backbone import Backbone
 
 FILE = "results.json"
@@ -114,13 +115,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with partial.open("wb") as file:
+        with naming_a_full_disk(path), partial.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())  # or a power cut could leave an empty file under the final name
         partial.replace(path)
-    except OSError as error:  # which names no file when a disk is full
-        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
     return path

@@ -181,9 +181,10 @@ def test_an_output_that_cannot_be_written_is_told_before_anything_is_computed(
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 128 vs 64")])
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path, error: Exception) -> None:
     def write(file: BinaryIO) -> None:
-        raise OSError(28, "No space left on device")
+        raise error  # the second is how torch.save says it
 
     with pytest.raises(OSError, match="No space left") as caught:
         write_atomically(tmp_path / "results.json", write)
