@@ -76,7 +76,7 @@ def _config(job: Job, quick: bool, alone: bool) -> Any:
     except ConfigError as error:
         if alone:
             raise
-        raise ConfigError(error.message, f"{job.suite.name}.{error.key}") from None
+        raise ConfigError(error.message, f"{job.suite.name}.{error.key}".rstrip(".")) from None
 
 
 def _run(suite: Suite, config: object, backbone: Backbone, context: Context, asked: Namespace) -> Result:

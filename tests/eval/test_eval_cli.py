@@ -115,6 +115,7 @@ def test_results_lie_beside_the_run_that_made_the_weights(
         (["all", "--weights", "W"], "dinoreg-eval: no data: give some of --data-imagenet"),
         (["all", "--weights", "W", "--data-imagenet", "D", "k=3"], "'k=3' begins with the name of no suite that runs"),
         (["all", "--weights", "W", "--data-imagenet", "D", "knn.kk=3"], "knn.kk: no such option; the nearest is k"),
+        (["all", "--weights", "W", "--data-imagenet", "D", "knn.k"], "knn: 'k' is not of the form key=value"),
         (["knn", "--weights", "EMPTY", "--data", "D"], "EMPTY"),
     ],
 )
