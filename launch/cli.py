@@ -252,20 +252,28 @@ def cancel(words: Sequence[str]) -> int:
         "End the job of a run. It saves what it has done if that takes no longer than Slurm's KillWait (mostly 30 s).",
         """\
         example:
-          dinoreg-launch cancel runs/mine""",
+          dinoreg-launch cancel runs/mine
+          dinoreg-launch cancel runs/mine/eval/knn                 all of these evaluations""",
     )
     parser.add_argument(
-        "run_dirs", metavar="RUN", nargs="+", type=Path, help="run directories, or sweeps': all in them"
+        "run_dirs",
+        metavar="RUN",
+        nargs="+",
+        type=Path,
+        help="run directories, or folders of them: a sweep, RUN/eval/knn",
     )
 
     from launch.jobs import active_jobs
     from launch.jobs import cancel as end
-    from launch.sweep import is_sweep, runs_of
+    from launch.record import NAME
+    from launch.say import advice
 
     for folder in parser.parse_args(words).run_dirs:
-        runs = list(active_jobs(runs_of(folder))) if is_sweep(folder) else [folder]
+        within = [path.parent for path in sorted(folder.glob(f"*/{NAME}"))]
+        several = bool(within) and not (folder / NAME).is_file()
+        runs = list(active_jobs(within)) if several else [folder]
         for run_dir in runs:
-            print(f"job {end(run_dir).id}: cancelled; go on with: dinoreg-launch resume {run_dir}")
+            print(f"job {end(run_dir).id}: cancelled; {advice(run_dir)}")
         if not runs:
             print(f"{folder}: none of its runs waits or runs")
     return 0

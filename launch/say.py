@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from dinoreg.config import ConfigError
 from launch.submit import script
+from launch.task import RECIPE
 
 if TYPE_CHECKING:
     from launch.evaluate import Plan
@@ -69,7 +71,14 @@ def _numbers(text: str | None) -> list[int] | None:
         raise ConfigError(f"'{text}' are no numbers, as in 100,200", key="--steps") from None
 
 
-def shown(path: Path | str) -> Path:
-    """As somebody in this folder writes it."""
+def advice(run: Path) -> str:
+    """How what was cancelled goes on."""
+    if (run / RECIPE).is_file():
+        return f"go on with: dinoreg-launch resume {shown(run)}"
+    return "dinoreg-launch eval submits it again"
+
+
+def shown(path: Path | str) -> str:
+    """As somebody in this folder writes it in a shell."""
     here = Path.cwd()
-    return Path(path).relative_to(here) if Path(path).is_relative_to(here) else Path(path)
+    return quote(str(Path(path).relative_to(here) if Path(path).is_relative_to(here) else path))

@@ -104,9 +104,16 @@ def _of_note(points: Sequence[Point]) -> list[str]:
 def _cells(axes: Sequence[str], points: Sequence[Point], shown: Sequence[str]) -> list[list[str]]:
     cells = [[*axes, "state", "step", *shown]]
     for point in points:
-        found = [str(point.scores[name]) if name in point.scores else "-" for name in shown]
+        found = [_shown(point, name) for name in shown]
         cells.append([*map(as_text, point.values), point.state, str(point.step), *found])
     return cells
+
+
+def _shown(point: Point, name: str) -> str:
+    """With its step where that is not the run's: teachers of different steps are no comparison."""
+    if (score := point.scores.get(name)) is None:
+        return "-"
+    return f"{score} at {score.step}" if score.suite != "training" and score.step < point.step else str(score)
 
 
 def _aligned(cells: Sequence[Sequence[str]]) -> str:

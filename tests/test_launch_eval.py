@@ -152,6 +152,7 @@ def test_status_tells_how_evaluations_are(run_dir: Path) -> None:
         (run_dir / "jobs" / f"99999999_{step}_0_log.out").write_text(f"job 99999999_{step}, start 1, on n: x\n{log}")
     shown = launch("status", run_dir, env=outside(PATH="/nowhere")).splitlines()
     assert "knn 50.0%" in shown[1]
+    assert launch("cancel", run_dir / "eval" / "knn", env=outside()).endswith("knn: none of its runs waits or runs\n")
     assert shown[-1] == "    eval knn, step 300, and 1 more: it had not begun"
 
 

@@ -196,15 +196,17 @@ def test_the_table_holds_every_score_of_every_run(images: Path, tmp_path: Path) 
     for number in (16, 0, 4):
         score = None if number == 4 else 50.0 + number
         finished_run(folder / f"num_registers={number}", {"model": {"num_registers": number}}, 3 - number / 8, score)
+    early = folder / "num_registers=0" / "eval" / "knn"
+    (early / "step_00000020").rename(early / "step_00000010")
     write_sweep(folder, images, "model.num_registers")
     lines = launch("sweep", "--table", folder, env=outside()).splitlines()
     assert lines[0].split() == ["num_registers", "state", "step", "loss", "k-NN", "in", "training", "knn", "top1"]
     assert [line.split() for line in lines[1:4]] == [
-        ["0", "finished", "20", "3.000", "25.0%", "50.0%"],
+        ["0", "finished", "20", "3.000", "25.0%", "50.0%", "at", "10"],
         ["4", "finished", "20", "2.500", "25.0%", "-"],
         ["16", "finished", "20", "1.000", "25.0%", "66.0%"],
     ]
-    assert (folder / "table.md").read_text().splitlines()[2] == "| 0 | finished | 20 | 3.000 | 25.0% | 50.0% |"
+    assert (folder / "table.md").read_text().splitlines()[2] == "| 0 | finished | 20 | 3.000 | 25.0% | 50.0% at 10 |"
     rows = list(csv.DictReader((folder / "table.csv").open()))
     assert rows[2]["knn top1_k5"] == "66.0" and rows[2]["knn top1 low"] == "65.0" and rows[1]["knn top1"] == ""
     assert Image.open(folder / "plot.png").size[0] > 1000
