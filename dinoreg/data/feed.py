@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import signal
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
@@ -25,7 +27,10 @@ class WorkerDied(Exception):
 
 
 class Feed:
-    """Batches of successive steps, made by `workers` processes, or by this one where there are none."""
+    """Batches of successive steps, made by `workers` processes, or by this one where there are none.
+
+    Construction raises WorkerDied, as `next` does.
+    """
 
     def __init__(self, maker: Dataset[Batch], steps: range, workers: int, prefetch: int, timeout: float) -> None:
         self.step, self.timeout = steps.start, timeout
@@ -44,7 +49,7 @@ class Feed:
             # Or it would take a number from the generator of the training run whenever workers are started.
             generator=torch.Generator(),
         )
-        self._batches = iter(loader)
+        self._batches = _started(loader, others)
         self.workers: list[BaseProcess] = [p for p in multiprocessing.active_children() if p not in others]
         self.workers.sort(key=lambda worker: worker.pid or 0)
         # Before the interpreter waits for its children, among which one may be stuck.
@@ -104,6 +109,17 @@ class Feed:
             f"the batch of step {self.step + 1} did not come from the data workers (processes {pids}) within "
             f"data.timeout={self.timeout:g} seconds: a disk, a server or a command of data.sources does not answer"
         )
+
+
+def _started(loader: DataLoader[Batch], others: set[BaseProcess]) -> Iterator[Batch]:
+    """Raises WorkerDied where there is no room even for the semaphores of its queues, which are files in /dev/shm."""
+    try:
+        return iter(loader)
+    except OSError as error:
+        end_workers(set(multiprocessing.active_children()) - others)
+        if error.errno != errno.ENOSPC:
+            raise
+        raise WorkerDied("/dev/shm is full") from None
 
 
 def _how(code: int | None) -> str:
