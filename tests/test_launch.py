@@ -317,7 +317,7 @@ def test_tasks_of_this_machine_run_stop_and_go_on(images: Path, tmp_path: Path) 
     done = steps(run_dir)
     assert f"stopped by SIGTERM; step {done} is saved" in followed
     until(lambda: "cancelled" in launch("status", run_dir, env=env), "the end")
-    launch("resume", run_dir, "launch.gpus_a_node=0", "train.time_limit=2s", "--cluster", "local", env=env)
+    launch("resume", run_dir, "launch.gpus_a_node=0", "train.time_limit=5s", "--cluster", "local", env=env)
     # Of a busy machine the first two seconds may be over before the first step.
     until(lambda: any(start.step > done for start in read_jobs(run_dir)[-1].starts), "a start that goes on from there")
     assert int(launch("status", run_dir, env=env).splitlines()[1].split()[-1]) >= 1  # requeues

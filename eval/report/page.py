@@ -18,7 +18,7 @@ PAGE = "report.html"
 BAD_SHOWN = 20
 INTERVALS = (
     "The interval beside a figure is where it would lie in 95 of 100 cases if other test images of the same kind were "
-    "drawn (bootstrap over images). It says nothing of other training runs."
+    "drawn (Wilson's interval for accuracies, else a bootstrap over images). It says nothing of other training runs."
 )
 
 

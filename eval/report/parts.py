@@ -9,13 +9,13 @@ from typing import Any
 
 from dinoreg.charts import Bar, Dot, Series, bars, heat, lines, whisker
 from dinoreg.pages import Html, folded, row, table, tag, text
+from eval.metrics import share_interval
 from eval.report.read import Evaluation
 from eval.report.wording import about_score
 from eval.results import Score
 
 ALL_CLASSES = 24  # up to so many are shown, else the best and the worst
 ENDS = 12
-Z = 1.96  # 95 % of a normal distribution
 
 
 def scores_table(evaluation: Evaluation) -> Html:
@@ -138,7 +138,7 @@ def _class_bars(evaluation: Evaluation) -> tuple[list[Bar], str]:
     bars_found = []
     for number, value in enumerate(rows):
         count = counts[number] if number < len(counts) else 0
-        low, high = wilson(value / 100, count) if count else (None, None)
+        low, high = share_interval(round(value / 100 * count), count) if count else (None, None)
         images = f" of {count}" if count else ""
         name = str(names[number]) if number < len(names) else f"class {number}"
         bars_found.append(Bar(name, value, f"{value:.0f} %{images}", low, high))
@@ -146,10 +146,3 @@ def _class_bars(evaluation: Evaluation) -> tuple[list[Bar], str]:
         "Test images of each class that are recognised, and of how many; the thin line is the 95 % interval (Wilson's) "
         "for so many images."
     )
-
-
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """The 95 % interval, in percent, of a share that was seen in `count` images."""
-    centre = share + Z**2 / (2 * count)
-    spread = Z * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
-    return tuple(100 * (centre + sign * spread) / (1 + Z**2 / count) for sign in (-1, 1))  # type: ignore[return-value]

@@ -15,7 +15,6 @@ from results_on_disk import read_content, write_content, write_knn, write_run
 from dinoreg.config import ConfigError
 from eval.cli import main
 from eval.report.page import write_report
-from eval.report.parts import wilson
 
 VOID = {"meta", "img", "br", "wbr"}
 
@@ -128,8 +127,3 @@ def test_what_is_no_result_is_told_in_one_line(tmp_path: Path, content: str | No
     with pytest.raises(ConfigError, match=said) as error:
         write_report(tmp_path)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(("share", "count", "low", "high"), [(0, 12, 0.0, 24.25), (0.5, 100, 40.38, 59.62)])
-def test_intervals_of_classes_are_wilsons(share: float, count: int, low: float, high: float) -> None:
-    assert wilson(share, count) == pytest.approx((low, high), abs=0.01)
