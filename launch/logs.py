@@ -12,6 +12,7 @@ from launch.jobs import active_jobs
 from launch.record import Job, read_jobs
 from launch.slurm import JobState, NoAnswer
 
+IN_VAIN = "requeues brought nothing new"  # what a start says that is none
 TAIL = 1 << 16  # bytes at the end of a log in which its reason is looked for
 PAUSE = 0.5  # seconds between two looks at a log that is followed
 ASK_EVERY = 10.0  # seconds between two questions whether the job still runs
@@ -40,7 +41,11 @@ def why(run_dir: Path, job: Job) -> str | None:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - TAIL))
         text = file.read().decode(errors="replace")
-    return reason_in(text.rpartition(f"\njob {job.id}, start ")[2])
+    *earlier, last = text.split(f"\njob {job.id}, start ")
+    found = reason_in(last)
+    if found and IN_VAIN in found and earlier and (before := reason_in(earlier[-1])):
+        return f"{found}; the last one: {before}"
+    return found
 
 
 def end_of(run_dir: Path, job: Job, state: JobState | None) -> str:
@@ -53,7 +58,7 @@ def end_of(run_dir: Path, job: Job, state: JobState | None) -> str:
 
 def reason_in(text: str) -> str | None:
     """The best line of a log, in the order of _REASONS; of several, the last."""
-    lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line).strip() for line in text.splitlines()]
+    lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|^\[rank\d+\]: ?", "", line).strip() for line in text.splitlines()]
     lines = [line for line in lines if line and not _NOISE.search(line)]
     for pattern in _REASONS:
         found = [match for line in lines if (match := pattern.match(line))]

@@ -14,6 +14,7 @@ import submitit
 
 from dinoreg.train.stopping import SIGNALS
 from launch.glance import newest_checkpoint
+from launch.logs import IN_VAIN
 from launch.record import Job, Start, editing, now, read_jobs
 
 RECIPE = "launch.yaml"  # in the run directory: the run as it was submitted
@@ -75,10 +76,7 @@ class Task:
             print(f"job {job}, start {restart + 1}, on {nodes}: {self.doing(start)}", file=log, flush=True)
         if vain <= self.patience:
             return None
-        return (
-            f"dinoreg-launch: {vain} requeues brought nothing new: still at step {start.step}. Find out why, and "
-            f"{self.advice()}"
-        )
+        return f"dinoreg-launch: {vain} {IN_VAIN}: still at step {start.step}. Find out why, and {self.advice()}"
 
 
 def peers(job: str, rank: int, world: int) -> dict[str, str]:

@@ -182,6 +182,7 @@ def test_local_jobs_that_run_at_once_have_gpus_of_their_own() -> None:
             "/r/step_00000004.safetensors: dinoreg: 3 blocks\nsrun: error: n: task 0: Killed\n",
             "srun: error: n: task 0: Killed",
         ),
+        ("[rank0]: Traceback\n[rank0]: RuntimeError: bad\nsrun: error: n: task 0: Exited\n", "RuntimeError: bad"),
         ("step 1/4 | loss 3\n", ""),
     ],
 )
@@ -274,6 +275,10 @@ def test_a_job_that_was_cancelled_before_it_began_has_lost_nothing(tmp_path: Pat
     with editing(tmp_path, "7") as job:
         job.cancelled = "today"
     assert launch("status", tmp_path, env=outside(PATH="/nowhere")).splitlines()[2] == "    it had not begun"
+    (tmp_path / "jobs").mkdir()
+    starts = "\njob 9, start 1, on n: from step 0\nValueError: bad\njob 9, start 2, on n: from step 0\n"
+    (tmp_path / "jobs" / "9_0_log.out").write_text(f"{starts}dinoreg-launch: 1 requeues brought nothing new: still\n")
+    assert end_of(tmp_path, Job("9"), None) == "1 requeues brought nothing new: still; the last one: ValueError: bad"
     assert end_of(tmp_path, Job("8"), JobState("OUT_OF_MEMORY")) == "out of memory"
     assert end_of(tmp_path, Job("8"), JobState("CANCELLED")) == "cancelled"
 
