@@ -108,7 +108,7 @@ def test_crops_picture_without_local_crops(tmp_path: Path) -> None:
 
 def colour_folder(root: Path, classes: dict[str, str], count: int, noise: int = 30) -> Path:
     """Images of one noisy colour a class."""
-    rng = np.random.default_rng(len(str(root)))
+    rng = np.random.default_rng(list(root.name.encode()))
     for name, colour in classes.items():
         (root / name).mkdir(parents=True)
         for number in range(count):
