@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import time
 from argparse import Namespace
 from collections.abc import Sequence
@@ -63,6 +64,7 @@ def run_jobs(asked: Namespace, jobs: Sequence[Job]) -> int:
             if ranks.is_main and results:
                 show(results)
                 write_pages(outputs[: len(results)])
+                _say_where_curves_are(Path(asked.weights))
     finally:
         ranks.close()
     return 0
@@ -104,12 +106,24 @@ def output_of(asked: Namespace, suite: str, backbone: Backbone, alone: bool) -> 
     if asked.output:
         return Path(asked.output) if alone else asked.output / suite
     weights = Path(asked.weights)
-    run = weights.parents[1] if weights.parent.name == "teacher" else weights
+    run = run_of(weights)
     if backbone.step is not None and (run / "teacher").is_dir():
         return run / "eval" / suite / f"step_{backbone.step:08d}"
     # model.safetensors is what the file is called in everybody's folder.
     stem = weights.name if weights.is_dir() else weights.stem
     return Path("results") / (weights.parent.name if stem in HUB_STEMS and weights.parent.name else stem) / suite
+
+
+def run_of(weights: Path) -> Path:
+    """The run directory, if the weights are one, or lie in one as its teacher."""
+    return weights.parents[1] if weights.parent.name == "teacher" else weights
+
+
+def _say_where_curves_are(weights: Path) -> None:
+    """A suite knows nothing of trainings, so somebody else puts its figures beside theirs."""
+    run = run_of(weights)
+    if (run / "wandb_id.txt").is_file():
+        print(f"into the run's curve at wandb: dinoreg-launch publish {shlex.quote(str(run))}", flush=True)
 
 
 def check_output(output: Path, suite: str, backbone: Backbone) -> str:

@@ -19,6 +19,7 @@ Give runs of dinoreg to Slurm, or to this machine, and look after them.
   train     submit a run; it goes on by itself after preemption, time limits and lost nodes
   sweep     submit a grid of runs as one array; with --table: what came of it, and a plot
   eval      evaluate checkpoints of a run, or of a sweep, as an array; with --follow as they appear
+  publish   bring what dinoreg-eval left in a run into its curve at wandb
   status    how runs are: step, images/s, ETA, checkpoint, score, requeues, and why one failed
   logs      what a run prints
   cancel    end a run's job
@@ -171,6 +172,29 @@ def evaluate(words: Sequence[str]) -> int:
     return say.evaluate(made, asked.all or asked.follow, asked.steps, asked.dry_run)
 
 
+def publish(words: Sequence[str]) -> int:
+    """`dinoreg-launch publish`."""
+    parser = _parser(
+        "publish",
+        "Bring what dinoreg-eval found by itself into RUN/evaluations.jsonl, and into the run at wandb at the steps of "
+        "the teachers. While a training has the run, that sends them with its next reading.",
+        """\
+        example:
+          dinoreg-launch publish runs/mine""",
+    )
+    parser.add_argument("run_dirs", metavar="RUN", nargs="+", type=Path, help="run directories")
+    asked = parser.parse_args(words)
+
+    from dinoreg.config import ConfigError
+    from launch.evaluating import publish as bring
+
+    for run_dir in asked.run_dirs:
+        if not (run_dir / "config.yaml").is_file():
+            raise ConfigError(f"{run_dir} is no run: it has no config.yaml", key="RUN")
+        print(f"{run_dir}: {bring(run_dir)} new evaluations")
+    return 0
+
+
 def resume(words: Sequence[str]) -> int:
     """`dinoreg-launch resume`."""
     parser = _parser(
@@ -283,6 +307,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "sweep": sweep,
     "eval": evaluate,
+    "publish": publish,
     "status": status,
     "logs": logs,
     "cancel": cancel,

@@ -42,11 +42,15 @@ class Evaluation(Task):
         return "submit it again with dinoreg-launch eval"
 
 
-def publish(run_dir: Path, say: Callable[[str], None] = print) -> None:
-    """Put what was found into evaluations.jsonl, and into the run at wandb unless a training does that itself."""
-    collect(run_dir)
+def publish(run_dir: Path, say: Callable[[str], None] = print) -> int:
+    """Put what was found into evaluations.jsonl, and into the run at wandb unless a training does that itself.
+
+    Returns how many evaluations are new.
+    """
+    fresh = collect(run_dir)
     with locked(run_dir / f"{EVALUATIONS}.sending"):  # of several evaluations that end together, one at a time
         _send(run_dir, say)
+    return fresh
 
 
 def _send(run_dir: Path, say: Callable[[str], None]) -> None:

@@ -138,6 +138,15 @@ def test_while_a_training_has_the_directory_it_alone_talks_to_wandb(run_dir: Pat
     assert len(said) == 1
 
 
+def test_what_was_evaluated_by_hand_is_published(run_dir: Path) -> None:
+    pytest.importorskip("wandb")
+    write_result(run_dir, 100, 50.0)
+    assert f"{run_dir}: 1 new evaluations\n" in launch("publish", run_dir, env=outside())
+    (file,) = run_dir.glob("wandb/offline-run-*/*.wandb")
+    assert sent_to_wandb(file, "eval/knn/top1") == {100: 50.0}
+    assert "no run: it has no config.yaml" in launch("publish", run_dir / "eval", env=outside(), fails=True)
+
+
 def test_status_tells_how_evaluations_are(run_dir: Path) -> None:
     with editing(run_dir, "1") as job:
         job.cluster, job.host = "local", socket.gethostname()
