@@ -15,7 +15,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 .PHONY: help demo test lint format clean
 
 help:  ## show this
-	@echo "make demo    pretrain a small ViT with registers on photographs and evaluate it, in 6 minutes on a CPU"
+	@echo "make demo    pretrain a small ViT with registers on photographs and evaluate it, in 4 to 6 minutes on a CPU"
 	@echo "make test    all tests, the linter and the type checker; PYTEST_ARGS='tests/test_config.py -k base' for some"
 	@echo "make lint    the linter and the type checker alone"
 	@echo "make format  let the formatter write the files"
