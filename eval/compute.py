@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from eval.suite import Context
 
 R = TypeVar("R")
 S = TypeVar("S")
+B = TypeVar("B", bound="Splittable")
 
 WORTH_WORKERS = 2000  # images from which starting processes to decode them pays
 PREFETCH = 2  # batches each worker prepares ahead
@@ -80,19 +81,26 @@ def load(dataset: Dataset[S], batches: Sequence[Sequence[int]], context: Context
         ) from error
 
 
+class Splittable(Protocol):
+    """A batch: a tensor, or something of several ones."""
+
+    def __len__(self) -> int: ...
+    def split(self: B, most: int, /) -> Sequence[B]: ...
+
+
 class Fitting:
     """Calls a function on a batch in as many pieces as memory asks for; `most` is the size of a piece."""
 
     def __init__(self, most: int, say: Callable[[str], None]) -> None:
         self.most, self._say, self._said = most, say, False
 
-    def __call__(self, function: Callable[[Tensor], R], batch: Tensor) -> list[R]:
+    def __call__(self, function: Callable[[B], R], batch: B) -> list[R]:
         """The results of the pieces. Raises ConfigError where not even one image fits."""
         while (results := self._try(function, batch)) is None:
             self._halve(min(self.most, len(batch)))
         return results
 
-    def _try(self, function: Callable[[Tensor], R], batch: Tensor) -> list[R] | None:
+    def _try(self, function: Callable[[B], R], batch: B) -> list[R] | None:
         """None for want of memory, and not an exception, which would hold the tensors that are in the way."""
         try:
             return [function(piece) for piece in batch.split(self.most)]

@@ -29,8 +29,8 @@ TEST_NAMES = ("val", "validation", "test")  # ImageNet's test set has no labels
 class Images(LabelledImages):
     """Encoded images with class numbers, from class folders or shards; see `LabelledImages`. Raises ValueError."""
 
-    def __init__(self, path: str | Path, classes: tuple[str, ...] = ()) -> None:
-        super().__init__(path, 0, 3, classes)
+    def __init__(self, path: str | Path, classes: tuple[str, ...] = (), labelled: bool = True) -> None:
+        super().__init__(path, 0, 3, classes, labelled)
         self.path = str(path)
 
     def read(self, index: int) -> Tensor:

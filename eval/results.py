@@ -11,16 +11,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 import dinoreg
+from dinoreg.config import ConfigError
 from dinoreg.models.files import naming_a_full_disk
 from eval.backbone import Backbone
 
 FILE = "results.json"
+ARRAYS = "arrays.npz"  # what figures are drawn from
 OUTCOMES = "outcomes.npz"  # what each image adds to the scores, from which two results are compared image by image
 
 
@@ -57,7 +61,8 @@ class Result:
     scores: by name; the first is the one that counts. protocol: all that was chosen, resolved, in plain JSON values.
     data: name, hash, train and test (numbers of images), bad (images left out, with reasons). notes: sentences that a
     reader of the figures must know. details: anything else in plain JSON values (scores by class, by learning rate,
-    ...). files: what the suite wrote into its output folder for the report, by name, relative to the folder.
+    ...). arrays: numbers too many for JSON, by name. files: what the suite wrote into its output folder for the report,
+    by name, relative to the folder.
     """
 
     suite: str
@@ -67,15 +72,17 @@ class Result:
     notes: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+    arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
 
 
 def write_result(folder: Path, result: Result, backbone: Backbone, weights: str | Path, seconds: float) -> Path:
     """Write folder/results.json, which appears only when it is complete. weights: as the user named them."""
     per_image = {name: score.per_image for name, score in result.scores.items()}
     outcomes: dict[str, Any] = {name: values.numpy() for name, values in per_image.items() if values is not None}
-    if outcomes:
-        write_atomically(folder / OUTCOMES, lambda file: np.savez_compressed(file, **outcomes))
-        result.files["outcomes"] = OUTCOMES
+    for name, arrays in ((OUTCOMES, outcomes), (ARRAYS, result.arrays)):
+        if arrays:
+            _write_arrays(folder / name, arrays)
+            result.files[Path(name).stem] = name
     content = {
         "suite": result.suite,
         "weights": str(weights),
@@ -102,6 +109,22 @@ def write_result(folder: Path, result: Result, backbone: Backbone, weights: str 
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
     return write_json(folder / FILE, content)
+
+
+def _write_arrays(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
+    contents: dict[str, Any] = dict(arrays)
+    write_atomically(path, lambda file: np.savez_compressed(file, **contents))
+
+
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """What lies in an .npz file; nothing where there is none. Raises ConfigError where it is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except (OSError, EOFError, ValueError, BadZipFile) as error:
+        raise ConfigError(f"{path} is damaged ({error}): measure again") from error
 
 
 def write_json(path: Path, content: Any) -> Path:

@@ -22,20 +22,25 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
     """uint8 images (C, size, size) with class numbers. An image that cannot be read is black and has the label -1.
 
     `path` is a folder with one folder of images a class (classes numbered in the order of their names, or in that of
-    `classes` where given), a folder of tar shards, or a pattern of shards as `shards/test-{000..003}.tar`.
+    `classes` where given), a folder of tar shards, or a pattern of shards as `shards/test-{000..003}.tar`. With
+    labelled=False it is any folder or shards of images, and all labels are 0.
 
     Raises:
         ValueError: nothing is there, or labels are missing; says which.
     """
 
-    def __init__(self, path: str | Path, size: int, channels: int = 3, classes: Sequence[str] = ()) -> None:
+    def __init__(
+        self, path: str | Path, size: int, channels: int = 3, classes: Sequence[str] = (), labelled: bool = True
+    ) -> None:
         self.size, self.channels = size, channels
         tars = _find_tars(str(path))
         self._source: Folder | Shards = Shards(tars) if tars else Folder(_existing(path))
         if len(self._source) == 0:
             raise ValueError(f"{path} holds no images")
         self.classes: list[str] = []
-        if isinstance(self._source, Shards):
+        if not labelled:
+            self.labels = torch.zeros(len(self._source), dtype=torch.int64)
+        elif isinstance(self._source, Shards):
             self.labels = _labels_of_shards(self._source)
         else:
             self.classes, self.labels = _labels_of_folder(self._source, classes)

@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
-import numpy as np
 from numpy.typing import NDArray
 
 from dinoreg.config import ConfigError
-from eval.results import FILE, OUTCOMES, Score, read_scores
+from eval.results import ARRAYS, FILE, OUTCOMES, Score, read_arrays, read_scores
 from eval.suites import SUITES
 
 NEEDED = ("suite", "scores", "protocol", "data", "digest", "found")
@@ -84,16 +82,14 @@ class Evaluation:
         return same if "_lin" in self.main[0] else dict([self.main])
 
     @cached_property
-    def outcomes(self) -> dict[str, NDArray[np.float32]]:
+    def outcomes(self) -> dict[str, NDArray[Any]]:
         """By score, what each image adds to it; empty where that was not kept."""
-        path = self.path.with_name(OUTCOMES)
-        if not path.is_file():
-            return {}
-        try:
-            with np.load(path, allow_pickle=False) as stored:
-                return {name: stored[name] for name in stored.files}
-        except (OSError, EOFError, ValueError, BadZipFile) as error:
-            raise ConfigError(f"{path} is damaged ({error}): without it figures are compared unpaired") from error
+        return read_arrays(self.path.with_name(OUTCOMES))
+
+    @cached_property
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """What figures are drawn from, by name."""
+        return read_arrays(self.path.with_name(ARRAYS))
 
     @property
     def bad(self) -> dict[str, str]:

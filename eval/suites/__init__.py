@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from eval.backbone import Backbone
+    from eval.inside.finding import Album, Finding, Seen
     from eval.results import Result
     from eval.suite import Context
 
@@ -18,7 +19,8 @@ class Suite:
     """One protocol. Its module holds the dataclass `config`, whose defaults are the protocol's exact values, and `run`.
 
     The dataclass has a static method `quick() -> list[str]`: the key=value words that make the protocol short.
-    data: the kind of data it wants, which is what `dinoreg-eval all --data-KIND` says.
+    data: the kind of data it wants, which is what `dinoreg-eval all --data-KIND` says; empty where it wants none.
+    findings: for an experiment, the module whose `findings(seen, album)` tells what was seen.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Suite:
     module: str
     config: str
     run: str = "run"
+    findings: str = ""
 
     def schema(self) -> Any:
         """The dataclass of its options."""
@@ -36,9 +39,13 @@ class Suite:
         """run(backbone, config, context) -> Result, called on every rank; the result of the main one counts."""
         return getattr(importlib.import_module(self.module), self.run)
 
+    def teller(self) -> Callable[[Sequence[Seen], Album], list[Finding]]:
+        """findings(seen, album): `seen` are the results of this experiment, one a checkpoint."""
+        return getattr(importlib.import_module(self.findings), "findings")  # noqa: B009
+
 
 # In the order in which `all` runs them: who wants most of a data set comes first, and the others find its features.
-_ALL = [
+_SCORES = [
     Suite(
         "imagenet-linear", "linear classifiers, all settings at once", "imagenet", "eval.suites.linear", "LinearConfig"
     ),
@@ -48,4 +55,7 @@ _ALL = [
     Suite("ade20k-ms", "four blocks, images at many sizes", "ade20k", "eval.suites.segmentation", "AdeMsConfig"),
     Suite("nyud-linear", "linear layers on one and four blocks tell depths", "nyud", "eval.suites.depth", "NyudConfig"),
 ]
-SUITES = {suite.name: suite for suite in _ALL}
+_EXPERIMENTS: list[Suite] = []
+SUITES = {suite.name: suite for suite in [*_SCORES, *_EXPERIMENTS]}
+SCORES = {suite.name: suite for suite in _SCORES}  # how good is it?
+EXPERIMENTS = {suite.name: suite for suite in _EXPERIMENTS}  # what is inside?
