@@ -12,7 +12,7 @@ from textwrap import dedent
 from typing import TYPE_CHECKING
 
 from dinoreg.cli import run_command
-from eval.suites import SUITES, Suite
+from eval.suites import EXPERIMENTS, SCORES, SUITES, Suite
 
 if TYPE_CHECKING:
     from eval.running import Job
@@ -20,18 +20,24 @@ if TYPE_CHECKING:
 OVERVIEW = """\
 usage: dinoreg-eval SUITE --weights FILE_OR_RUN_DIR --data FOLDER [--preset quick] [key=value ...]
 
-How good is a backbone? Of dinoreg, DINOv2, timm, Hugging Face, ...: what it is, is found by looking.
+A backbone of dinoreg, DINOv2, timm, Hugging Face, ...: what it is, is found by looking.
 
-{suites}
-  all              every suite that data are given for, in one go
-  report           write the page of a folder of results again
-  compare          lay checkpoints side by side, with published figures
+How good is it?
+{scores}
+  all                  all of these that data are given for, in one go
+  compare              lay checkpoints side by side, with published figures
+
+What is seen inside?
+{experiments}
+  inside               all of these on one page, one network or several side by side
+
+  report               write the pages of a folder of results again
 
   dinoreg-eval SUITE --help explains each, with examples.
 """
 
 
-PARTS = ("train=", "test=", "val=")
+PARTS = ("train=", "test=", "val=", "images=")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,11 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in dinoreg.cli
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     commands: dict[str, Callable[[Sequence[str]], int]] = {name: partial(one, suite) for name, suite in SUITES.items()}
-    commands |= {"all": every, "report": report, "compare": compare}
-    titles = "\n".join(f"  {suite.name:<16} {suite.title}" for suite in SUITES.values())
+    commands |= {"all": every, "inside": inside, "report": report, "compare": compare}
+    overview = OVERVIEW.format(scores=_titles(SCORES), experiments=_titles(EXPERIMENTS))
     words = list(sys.argv[1:] if arguments is None else arguments)
     plain = {name: partial(_in_one_line, command) for name, command in commands.items()}
-    run_command("dinoreg-eval", plain, OVERVIEW.format(suites=titles), words)
+    run_command("dinoreg-eval", plain, overview, words)
 
 
 def one(suite: Suite, words: Sequence[str]) -> int:
@@ -60,9 +66,9 @@ def one(suite: Suite, words: Sequence[str]) -> int:
 
         Every option with its default and its meaning: {suite.config} in {suite.module.replace(".", "/")}.py.""",
     )
-    parser.add_argument(
-        "--data", action="append", required=True, metavar="FOLDER", help="where the images are; or train=DIR, test=DIR"
-    )
+    if suite.data:
+        where = "where the images are; or train=DIR, test=DIR"
+        parser.add_argument("--data", action="append", required=True, metavar="FOLDER", help=where)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of the protocol")
     asked = parser.parse_intermixed_args(words)
 
@@ -71,29 +77,58 @@ def one(suite: Suite, words: Sequence[str]) -> int:
     # `--data train=DIR test=DIR` is how most would write it.
     parts = [word for word in asked.overrides if word.startswith(PARTS)]
     rest = [word for word in asked.overrides if word not in parts]
-    return run_jobs(asked, [Job(suite, asked.data + parts, rest)])
+    return run_jobs(asked, [Job(suite, vars(asked).get("data", []) + parts, rest)])
 
 
 def every(words: Sequence[str]) -> int:
     """`dinoreg-eval all`."""
-    parser = _parser(
+    return _several(
         "all",
+        SCORES,
         "Every suite that data are given for, in one process: the weights are opened once, features computed once.",
         """\
         examples:
           dinoreg-eval all --weights runs/mine --data-imagenet /data/imagenet1k --preset quick
           dinoreg-eval all --weights FILE --data-imagenet DIR knn.k=[10,20] knn.main_k=10""",
+        words,
     )
-    kinds = dict.fromkeys(suite.data for suite in SUITES.values())
+
+
+def inside(words: Sequence[str]) -> int:
+    """`dinoreg-eval inside`."""
+    return _several(
+        "inside",
+        EXPERIMENTS,
+        "Every experiment that data are given for, and one page that tells what is seen: artifacts, attention, "
+        "objects, what the class token is made of.",
+        """\
+        examples:
+          dinoreg-eval inside --weights runs/plain --compare runs/registers --data-images /data/imagenet1k
+          dinoreg-eval inside --weights FILE --data-images DIR --data-boxes /data/VOC2007 --preset quick
+          dinoreg-eval inside --weights FILE --data-images DIR artifacts.cutoff=150
+
+        Images with classes, as for the other suites, allow all experiments; any folder of images allows most.""",
+        words,
+    )
+
+
+def _several(name: str, suites: dict[str, Suite], description: str, epilog: str, words: Sequence[str]) -> int:
+    """Suites together, each on the kind of data it wants."""
+    parser = _parser(name, description, epilog)
+    kinds = [kind for kind in dict.fromkeys(suite.data for suite in suites.values()) if kind]
     for kind in kinds:
-        names = ", ".join(suite.name for suite in SUITES.values() if suite.data == kind)
+        names = ", ".join(suite.name for suite in suites.values() if suite.data == kind)
         parser.add_argument(f"--data-{kind}", action="append", default=[], metavar="FOLDER", help=f"for {names}")
     parser.add_argument("overrides", nargs="*", metavar="SUITE.key=value", help="options of a suite's protocol")
     asked = parser.parse_intermixed_args(words)
 
     from eval.running import run_jobs
 
-    return run_jobs(asked, _jobs(asked, list(kinds)))
+    return run_jobs(asked, _jobs(asked, suites, kinds))
+
+
+def _titles(suites: dict[str, Suite]) -> str:
+    return "\n".join(f"  {suite.name:<20} {suite.title}" for suite in suites.values())
 
 
 def report(words: Sequence[str]) -> int:
@@ -110,22 +145,22 @@ def compare(words: Sequence[str]) -> int:
     return lay_out(words)
 
 
-def _jobs(asked: Namespace, kinds: Sequence[str]) -> list[Job]:
+def _jobs(asked: Namespace, suites: dict[str, Suite], kinds: Sequence[str]) -> list[Job]:
     """A job for every suite that data are given for, with the overrides that begin with its name."""
     from dinoreg.config import ConfigError
     from eval.running import Job
 
-    data = {kind: getattr(asked, f"data_{kind}") for kind in kinds}
+    data: dict[str, list[str]] = {kind: getattr(asked, f"data_{kind}") for kind in kinds}
     if not any(data.values()):
         raise ConfigError(f"no data: give some of {', '.join(f'--data-{kind}' for kind in kinds)}")
-    chosen = [suite for suite in SUITES.values() if data[suite.data]]
+    chosen = [suite for suite in suites.values() if not suite.data or data[suite.data]]
     own: dict[str, list[str]] = {suite.name: [] for suite in chosen}
     for word in asked.overrides:
         name, _, rest = word.partition(".")
         if name not in own:
             raise ConfigError(f"'{word}' begins with the name of no suite that runs: {', '.join(own)}")
         own[name].append(rest)
-    return [Job(suite, data[suite.data], own[suite.name]) for suite in chosen]
+    return [Job(suite, data.get(suite.data, []), own[suite.name]) for suite in chosen]
 
 
 def _in_one_line(command: Callable[[Sequence[str]], int], words: Sequence[str]) -> int:
@@ -149,6 +184,9 @@ def _parser(command: str, description: str, epilog: str) -> ArgumentParser:
     )
     parser.add_argument(
         "--weights", required=True, metavar="FILE", help="a backbone's file or folder, or a run directory: its newest"
+    )
+    parser.add_argument(
+        "--compare", action="append", default=[], metavar="FILE", help="other weights, measured and shown beside them"
     )
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="for results.json (default: in the run, or results/)"

@@ -13,7 +13,7 @@ from rich.table import Table
 from dinoreg.config import ConfigError
 from eval.report.comparison import comparison_page, headings, shown, signed, unpublished
 from eval.report.grid import Checkpoint, Column, Grid
-from eval.report.read import Evaluation, find_evaluations
+from eval.report.read import Evaluation, find_scores
 from eval.results import write_atomically
 
 MARKS = {"better": "▲", "worse": "▼", "within": "≈"}
@@ -39,7 +39,7 @@ def gather(places: Sequence[Path]) -> list[list[Evaluation]]:
     seen: set[Path] = set()
     found = []
     for place in places:
-        new = [each for each in find_evaluations(place) if each.path.resolve() not in seen]
+        new = [each for each in find_scores(place) if each.path.resolve() not in seen]
         seen.update(each.path.resolve() for each in new)
         found.append(new)
     return found

@@ -56,6 +56,7 @@ class Context:
     output: Path
     cache: Path
     workers: int = 0  # processes a rank that decode images
+    weights: Path | None = None  # the file, folder or run directory that the backbone is of
     console: Console = field(default_factory=lambda: Console(file=sys.stderr))
 
     @property

@@ -25,7 +25,7 @@ GROUPS = [
      "training and without labels. Artifacts break it, which is why the registers paper measures it."),
     ("L", "What the class token is made of", f"The experiments of {DECOUPLING}."),
     ("D", "Taken further", "Analyses that follow from the two papers and are in neither."),
-    ("5", "Registers added afterwards", "Test-time registers (Jiang et al., NeurIPS 2025) for a network trained without."),
+    ("5", "Registers added afterwards", "Test-time registers (Jiang et al., NeurIPS 2025)."),
 ]  # fmt: skip
 WORDS = [
     ("patch", "A square of pixels. The network turns an image into a grid of them."),
@@ -91,8 +91,9 @@ def inside_page(
         title,
         tag("h1", title),
         tag("p", "A vision transformer cuts an image into patches and works on one token for each. Large ones "
-            "take over patches in which there is little to see, as scratch paper, and that spoils every map drawn from them; "
-            "registers are tokens that are there to be written on instead. This page shows whether that happens here.",
+            "take over patches in which there is little to see, as scratch paper, and that spoils every map "
+            "drawn from them; registers are tokens that are there to be written on instead. This page shows whether that "
+            "happens here.",
             class_="soft"),
         _careful(groups),
         _checkpoints(groups, names),
@@ -147,7 +148,8 @@ def _checkpoints(groups: Sequence[Sequence[Evaluation]], names: Sequence[str]) -
     rows = []
     for name, group in zip(names, groups, strict=True):
         built = group[0].content.get("architecture", {})
-        size = f"{built.get('depth')} layers of width {built.get('embed_dim')}, patches of {built.get('patch_size')} pixels"
+        depth, width, patch = (built.get(key) for key in ("depth", "embed_dim", "patch_size"))
+        size = f"{depth} layers of width {width}, patches of {patch} pixels"
         rows.append([tag("strong", name), name_of(group), size, str(built.get("registers")), group[0].content["found"]])
     return table(("called here", "checkpoint", "size", "registers", "what the file is"), rows)
 

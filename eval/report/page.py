@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dinoreg.pages import Html, bullets, facts, folded, note, page, row, table, tag, text
+from eval.inside.page import PAGE as INSIDE
+from eval.inside.page import gather, write_inside
 from eval.report import parts
 from eval.report.pictures import pictures
-from eval.report.read import Evaluation, by_checkpoint, find_evaluations, name_of
+from eval.report.read import Evaluation, by_checkpoint, find_evaluations, find_scores, name_of
 from eval.report.wording import about, differences, notes, protocol, standard_of
 from eval.results import write_atomically
 
@@ -25,22 +27,34 @@ INTERVALS = (
 def main(words: Sequence[str]) -> int:
     """`dinoreg-eval report`."""
     parser = ArgumentParser(
-        "dinoreg-eval report", description="Writes report.html anew from results.json files; nothing is measured."
+        "dinoreg-eval report",
+        description=f"Writes {PAGE} and {INSIDE} anew from results.json files; nothing is measured.",
     )
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of one suite or several; or a run")
-    for folder in parser.parse_args(words).folders:
-        print(write_report(folder))
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="of one suite or several; or a run")
+    parser.add_argument(
+        "--compare", action="append", default=[], type=Path, metavar="FOLDER", help=f"shown beside it in {INSIDE}"
+    )
+    asked = parser.parse_args(words)
+    groups = [gather(folder) for folder in (asked.folder, *asked.compare)]
+    if len(groups[0]) < len(find_evaluations(asked.folder)):
+        print(write_report(asked.folder))
+    if groups[0]:
+        print(write_inside([group for group in groups if group], place_of(asked.folder)))
     return 0
 
 
 def write_report(folder: Path) -> Path:
     """Write the page of a folder's newest checkpoint beside the results. Raises ConfigError where there are none."""
-    found = by_checkpoint(find_evaluations(folder))
+    found = by_checkpoint(find_scores(folder))
     group, *others = found.values()
     content = checkpoint_page(group, others).encode()
+    return write_atomically(place_of(folder) / PAGE, lambda file: file.write(content))
+
+
+def place_of(folder: Path) -> Path:
+    """Where the page of the results in a file, a folder or a run lies."""
     place = folder.parent if folder.is_file() else folder
-    place = place / "eval" if (place / "config.yaml").is_file() and (place / "eval").is_dir() else place
-    return write_atomically(place / PAGE, lambda file: file.write(content))
+    return place / "eval" if (place / "config.yaml").is_file() and (place / "eval").is_dir() else place
 
 
 def checkpoint_page(group: Sequence[Evaluation], others: Sequence[Sequence[Evaluation]] = ()) -> str:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dinoreg.config import ConfigError
 from eval.results import ARRAYS, FILE, OUTCOMES, Score, read_arrays, read_scores
-from eval.suites import SUITES
+from eval.suites import EXPERIMENTS, SUITES
 
 NEEDED = ("suite", "scores", "protocol", "data", "digest", "found")
 
@@ -151,6 +151,16 @@ def find_evaluations(place: Path) -> list[Evaluation]:
     if not paths:
         raise ConfigError(f"no {FILE} in {place}: dinoreg-eval SUITE --weights ... --output {place} writes one")
     return sorted(map(read_evaluation, paths), key=order)
+
+
+def find_scores(place: Path) -> list[Evaluation]:
+    """Those of suites that say how good a network is. Raises ConfigError where there are none."""
+    found = [each for each in find_evaluations(place) if each.suite not in EXPERIMENTS]
+    if not found:
+        raise ConfigError(
+            f"{place} holds experiments alone, which have no scores to compare: dinoreg-eval report shows them"
+        )
+    return found
 
 
 def _results_in(folder: Path) -> Iterator[Path]:
