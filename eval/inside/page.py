@@ -92,8 +92,8 @@ def inside_page(
         tag("h1", title),
         tag("p", "A vision transformer cuts an image into patches and works on one token for each. Large ones "
             "take over patches in which there is little to see, as scratch paper, and that spoils every map "
-            "drawn from them; registers are tokens that are there to be written on instead. This page shows whether that "
-            "happens here.",
+            "drawn from them; registers are tokens that are there to be written on instead. Whether that "
+            "happens here is shown below.",
             class_="soft"),
         _careful(groups),
         _checkpoints(groups, names),
