@@ -34,8 +34,8 @@ class Step:
         return q, k, v
 
     def attention(self, rows: slice = slice(None)) -> Tensor:
-        """Attention (B, heads, rows, 1 + R + N), fp32, of the queries at these places; each row sums to 1."""
-        q, k, _ = (part.float() for part in self.query_key_value())
+        """Attention (B, heads, rows, 1 + R + N), at least fp32, of the queries at these places; rows sum to 1."""
+        q, k, _ = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in self.query_key_value())
         return (q[:, :, rows] @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(dim=-1)
 
 
