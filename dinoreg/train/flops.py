@@ -1,25 +1,22 @@
-"""How much arithmetic a step costs, from the formulas of the layers and, as a check, from a trace.
+"""How much arithmetic a step of training costs, from the formulas of the layers and, as a check, from a trace.
 
-One multiplication with its addition counts as two operations. Only matrix products, convolutions and attention count:
-what remains is bound by memory, and is not what a GPU's peak is quoted for.
+What counts as an operation is said in dinoreg/models/flops.py.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import re
-import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from dinoreg.data.masks import block_counts, block_size
+from dinoreg.models.flops import analyse, blocks_flops, embedding_flops, traced_backbone_flops
 from dinoreg.models.heads import HeadConfig, PrototypeHead
-from dinoreg.models.vit import ModelConfig, VisionTransformer, build_vit
+from dinoreg.models.vit import ModelConfig
 from dinoreg.train.recipe import RunConfig
 
 # bf16 without sparsity, operations a second, from the vendors' data sheets; the first pattern that fits counts.
@@ -70,15 +67,15 @@ def step_flops(config: RunConfig) -> tuple[float, float]:
 def teacher_flops(config: RunConfig) -> float:
     """The teacher's forward for one source image; the rest of a step is the student's, one third of it forward."""
     count, patches = sequences(config)[0]
-    backbone = _embedding_flops(config.model, patches) + _blocks_flops(config.model, patches)
+    backbone = embedding_flops(config.model, patches) + blocks_flops(config.model, patches)
     return count * backbone + _head_flops(config, count)
 
 
 def _student_flops(config: RunConfig, kept: float) -> float:
     """Forward, for one source image, with this share of the rows of residual branches."""
     crops = sequences(config)
-    embedding = sum(count * _embedding_flops(config.model, patches) for count, patches in crops)
-    blocks = sum(count * _blocks_flops(config.model, patches) for count, patches in crops)
+    embedding = sum(count * embedding_flops(config.model, patches) for count, patches in crops)
+    blocks = sum(count * blocks_flops(config.model, patches) for count, patches in crops)
     return embedding + kept * blocks + _head_flops(config, config.crops.local_count + 2)
 
 
@@ -91,17 +88,6 @@ def sequences(config: RunConfig) -> list[tuple[int, int]]:
 def kept_share(model: ModelConfig) -> float:
     """Share of rows that a residual branch sees, averaged over blocks: both shapes of drop path are lines."""
     return 1 - (model.drop_path if model.drop_path_shape == "uniform" or model.size.depth == 1 else model.drop_path / 2)
-
-
-def _embedding_flops(model: ModelConfig, patches: int) -> float:
-    return 2.0 * patches * model.patch_size**2 * model.in_channels * model.size.embed_dim
-
-
-def _blocks_flops(model: ModelConfig, patches: int) -> float:
-    """All blocks, forward, for one sequence."""
-    tokens, dim = 1 + model.num_registers + patches, model.size.embed_dim
-    matrices = 4 * dim * dim + (3 if model.ffn == "swiglu" else 2) * dim * model.ffn_hidden  # qkv, proj, feed-forward
-    return model.size.depth * (2.0 * tokens * matrices + 4.0 * tokens**2 * dim)  # q k^T and the average of v
 
 
 def masked_patches(config: RunConfig) -> float:
@@ -141,47 +127,11 @@ def traced_step_flops(config: RunConfig) -> float:
     return 3 * (student + crops * dino + masked * ibot) + teacher + 2 * dino + masked * ibot
 
 
-class _Packed(nn.Module):
-    """The backbone with tensors for arguments, as tracing wants them."""
-
-    def __init__(self, backbone: VisionTransformer) -> None:
-        super().__init__()
-        self.backbone = backbone
-
-    def forward(self, *images: Tensor) -> tuple[Tensor, ...]:
-        return tuple(features.patches for features in self.backbone(images))
-
-
 def _traced_backbone(config: RunConfig, sequences: Sequence[tuple[int, int]]) -> float:
     model = config.model
-    one = ModelConfig(**{**vars(model), "depth": 1, "image_size": config.crops.global_size, "pos_offset": 0.0})
-    backbone = build_vit(one, attention="sdpa", drop_path=False).eval()
     sides = [(count, math.isqrt(patches) * model.patch_size) for count, patches in sequences if count]
-    images = tuple(torch.zeros(count, model.in_channels, side, side) for count, side in sides)
-    analysis = _analysis(_Packed(backbone), images)
-    return 2.0 * (analysis.total() + (model.size.depth - 1) * analysis.by_module()["backbone.blocks.0"])
+    return traced_backbone_flops(replace(model, image_size=config.crops.global_size), sides)
 
 
 def _traced_row(dim: int, head: HeadConfig) -> float:
-    return 2.0 * _analysis(PrototypeHead(dim, head), (torch.zeros(1, dim),)).total()
-
-
-def _analysis(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
-    from fvcore.nn import FlopCountAnalysis
-
-    analysis = FlopCountAnalysis(module, inputs)
-    analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_products)
-    for no_product in ("aten::layer_norm", "aten::upsample_bicubic2d"):
-        analysis.set_op_handle(no_product, lambda inputs, outputs: 0)
-    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
-    logging.getLogger("fvcore").setLevel(logging.ERROR)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        analysis.total()
-    return analysis
-
-
-def _attention_products(inputs: list[Any], outputs: list[Any]) -> float:
-    """Multiply-adds of softmax(q k^T) v for (..., tokens, head_dim) arguments, which fvcore does not know."""
-    q, k, v = (value.type().sizes() for value in inputs[:3])
-    return math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
+    return 2.0 * analyse(PrototypeHead(dim, head), (torch.zeros(1, dim),)).total()
