@@ -55,7 +55,9 @@ _SCORES = [
     Suite("ade20k-ms", "four blocks, images at many sizes", "ade20k", "eval.suites.segmentation", "AdeMsConfig"),
     Suite("nyud-linear", "linear layers on one and four blocks tell depths", "nyud", "eval.suites.depth", "NyudConfig"),
 ]
-_EXPERIMENTS: list[Suite] = []
+_EXPERIMENTS: list[Suite] = [
+    Suite("cost", "what registers cost", "", "eval.suites.cost", "CostConfig", findings="eval.inside.cost.shown"),
+]
 SUITES = {suite.name: suite for suite in [*_SCORES, *_EXPERIMENTS]}
 SCORES = {suite.name: suite for suite in _SCORES}  # how good is it?
 EXPERIMENTS = {suite.name: suite for suite in _EXPERIMENTS}  # what is inside?
