@@ -7,23 +7,19 @@ import math
 import sys
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import torch.distributed as dist
 from rich.console import Console
 from tiny import split_crops, tiny_crops
 from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint._dedup_save_plans import dedup_save_plans
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.volumes import Sent
 from dinoreg.cli import main
 from dinoreg.config import load
 from dinoreg.data.sources import Reader, StoredEntry, open_sources
@@ -135,36 +131,6 @@ def test_pretending_leaves_no_trace(fails: bool) -> None:
 
 
 # -- communication ---------------------------------------------------------------------------------------------------
-
-
-class Sent(TorchDispatchMode):
-    """Calls and bytes of whole buffers by kind of collective, scalars left out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-        self.bytes: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # so that the collectives it is made of come by
-        kinds = {"gather": "all-gather", "_reduce_scatter": "reduce-scatter", "allreduce": "all-reduce"}
-        name = str(func)
-        if name.startswith("c10d."):
-            kind = next(kind for word, kind in kinds.items() if word in name)
-            size = sum(t.nbytes for t in tensors_in(args[1] if kind == "reduce-scatter" else args[0]))
-            if size > 8:
-                self.calls[kind] += 1
-                self.bytes[kind] += size
-        return func(*args, **(kwargs or {}))
-
-
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    else:
-        for each in value:
-            yield from tensors_in(each)
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
