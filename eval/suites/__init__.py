@@ -57,6 +57,10 @@ _SCORES = [
 ]
 _EXPERIMENTS: list[Suite] = [
     Suite("cost", "what registers cost", "", "eval.suites.cost", "CostConfig", findings="eval.inside.cost.shown"),
+    Suite(
+        "test-time-registers", "registers added to a network that was trained without", "images",
+        "eval.suites.test_time_registers", "AddedRegistersConfig", findings="eval.inside.testtime.shown",
+    ),
 ]
 SUITES = {suite.name: suite for suite in [*_SCORES, *_EXPERIMENTS]}
 SCORES = {suite.name: suite for suite in _SCORES}  # how good is it?
