@@ -74,8 +74,8 @@ def one(suite: Suite, words: Sequence[str]) -> int:
 
     from eval.running import Job, run_jobs
 
-    # `--data train=DIR test=DIR` is how most would write it.
-    parts = [word for word in asked.overrides if word.startswith(PARTS)]
+    # `--data train=DIR test=DIR` is how most would write it. images=200 is a number of images.
+    parts = [word for word in asked.overrides if word.startswith(PARTS) and not word.partition("=")[2].isdigit()]
     rest = [word for word in asked.overrides if word not in parts]
     return run_jobs(asked, [Job(suite, vars(asked).get("data", []) + parts, rest)])
 
