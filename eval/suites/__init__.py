@@ -56,10 +56,30 @@ _SCORES = [
     Suite("nyud-linear", "linear layers on one and four blocks tell depths", "nyud", "eval.suites.depth", "NyudConfig"),
 ]
 _EXPERIMENTS: list[Suite] = [
+    Suite(
+        "artifacts",
+        "tokens that stand out: which, where, since when, what is in them",
+        "images",
+        "eval.suites.artifacts",
+        "ArtifactsConfig",
+        findings="eval.inside.artifacts.shown",
+    ),
+    Suite(
+        "attention",
+        "where the class token and the registers look",
+        "images",
+        "eval.suites.attention",
+        "AttentionConfig",
+        findings="eval.inside.attention.shown",
+    ),
     Suite("cost", "what registers cost", "", "eval.suites.cost", "CostConfig", findings="eval.inside.cost.shown"),
     Suite(
-        "test-time-registers", "registers added to a network that was trained without", "images",
-        "eval.suites.test_time_registers", "AddedRegistersConfig", findings="eval.inside.testtime.shown",
+        "test-time-registers",
+        "registers added to a network that was trained without",
+        "images",
+        "eval.suites.test_time_registers",
+        "AddedRegistersConfig",
+        findings="eval.inside.testtime.shown",
     ),
 ]
 SUITES = {suite.name: suite for suite in [*_SCORES, *_EXPERIMENTS]}

@@ -1,8 +1,8 @@
 """Networks whose inside is known because it was written by hand, and images that make them show it.
 
-A real VisionTransformer with a residual stream whose channels each have one meaning. A patch of the marker's colour sets
-one channel; one neuron of one block's feed-forward layer listens to that channel alone and, when it fires, makes the
-token tens of times as long as its neighbours. So it is known which token becomes an outlier, in which block, by which
+A real VisionTransformer with a residual stream whose channels each have one meaning. A patch of the marker's colour
+sets one channel; one neuron of one block's feed-forward layer listens to that channel alone and, when it fires, makes
+the token tens of times as long as its neighbours. So it is known which token becomes an outlier, in which block, by which
 neuron, in which direction, and how long it is.
 """
 

@@ -1,0 +1,244 @@
+"""The figures, from the arrays of one network or of several side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eval.inside.artifacts.bins import LOWEST, PER_OCTAVE, quantiles
+from eval.inside.artifacts.neighbours import cosine_centres
+from eval.inside.finding import COLOURS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH = 9.0  # inches of a page
+COARSE = 8  # bins of the tables in one of a figure
+SMOOTH = 0.02  # of a density of cosines: standard deviation of its kernel
+RAINBOW, GREY = "viridis", "#8a8f98"
+
+Array = NDArray[Any]
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Whose parts do not overlap."""
+    from matplotlib.figure import Figure  # half a second of import, for those who draw
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def colour(at: int) -> str:
+    """Of the at-th checkpoint."""
+    return COLOURS[at % len(COLOURS)]
+
+
+def plain_axes(axis: Axes) -> None:
+    """Without the frame's upper and right line."""
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def coarse(counts: Array) -> Array:
+    """Counts (..., BINS) in fewer bins (..., BINS / COARSE)."""
+    return counts.reshape(*counts.shape[:-1], -1, COARSE).sum(-1)
+
+
+def coarse_edges() -> Array:
+    """Norms between the fewer bins."""
+    bins = 20 - LOWEST
+    return 2.0 ** (LOWEST + np.arange(bins * PER_OCTAVE // COARSE + 1) * COARSE / PER_OCTAVE)
+
+
+def limits(tables: Sequence[Array]) -> tuple[float, float]:
+    """Norms between which all tokens of several tables (..., BINS) lie."""
+    bounds = coarse_edges()
+    seen = np.flatnonzero(sum(coarse(table).reshape(-1, len(bounds) - 1).sum(0) for table in tables))
+    return float(bounds[max(seen[0] - 1, 0)]), float(bounds[min(seen[-1] + 2, len(bounds) - 1)])
+
+
+def norm_histograms(names: Sequence[str], counts: Sequence[Array], cutoffs: Sequence[float | None]) -> Figure:
+    """One panel a network, below each other, on the same axes: figures 3 and 7. counts: each (BINS,)."""
+    figure = new_figure(WIDTH, 0.7 + 1.7 * len(names))
+    panels = figure.subplots(len(names), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    bounds = coarse_edges()
+    for at, (axis, name, table, cutoff) in enumerate(zip(panels, names, counts, cutoffs, strict=True)):
+        axis.stairs(100 * coarse(table) / table.sum(), bounds, fill=True, color=colour(at), alpha=0.85)
+        axis.set(xscale="log", yscale="log", xlim=limits(counts), ylim=(50 / max(t.sum() for t in counts), 150))
+        axis.set_title(name, loc="left", fontsize=10)
+        if cutoff is not None:
+            axis.axvline(cutoff, color="black", linestyle="--", linewidth=1)
+            axis.annotate(f" cutoff {cutoff:.4g}", (cutoff, 60), fontsize=9, va="center")
+        plain_norm_axis(axis)
+        plain_axes(axis)
+    panels[-1].set_xlabel("norm of a patch token")
+    figure.supylabel("% of tokens in a bin", fontsize=10)
+    return figure
+
+
+def plain_norm_axis(axis: Axes, which: str = "x") -> None:
+    """Numbers as people write them on a logarithmic axis."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    ruler = axis.xaxis if which == "x" else axis.yaxis
+    low, high = sorted(axis.get_xlim() if which == "x" else axis.get_ylim())
+    subs = (1.0, 2.0, 5.0) if high / low < 3000 else (1.0,)
+    ruler.set_major_locator(LogLocator(10, subs=subs, numticks=30))
+    ruler.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+    ruler.set_minor_formatter(NullFormatter())
+
+
+def norm_maps(names: Sequence[str], photos: Sequence[Array], maps: Sequence[Array], medians: Sequence[float]) -> Figure:
+    """Photos uint8 (n, 3, S, S) above, each network's norms (n, h, w) by its usual norm below: figure 3."""
+    from matplotlib.colors import LogNorm
+
+    shown = min(len(each) for each in photos)
+    cell = (WIDTH - 1.2) / shown
+    figure = new_figure(WIDTH, cell * (1 + len(names)) + 0.4)
+    grid = figure.subplots(1 + len(names), shown, squeeze=False)
+    relative = [each[:shown] / median for each, median in zip(maps, medians, strict=True)]
+    top = max(2.0, *(float(each.max()) for each in relative))
+    low = min(0.5, *(float(each.min()) for each in relative))
+    for axis, photo in zip(grid[0], photos[0], strict=False):
+        axis.imshow(photo.transpose(1, 2, 0))
+    for row, each in zip(grid[1:], relative, strict=True):
+        for axis, image in zip(row, each, strict=True):
+            drawn = axis.imshow(image, cmap=RAINBOW, norm=LogNorm(max(low, 1e-3), top))
+    for axis in grid.ravel():
+        axis.set_xticks([]), axis.set_yticks([])
+    for row, name in zip(grid[1:, 0], names, strict=True):
+        row.set_ylabel(name, fontsize=9)
+    bar = figure.colorbar(drawn, ax=grid[1:].ravel().tolist(), shrink=0.9, pad=0.01)
+    bar.set_label("norm / median norm")
+    plain_norm_axis(bar.ax, "y")
+    return figure
+
+
+def along(tables: Array, axis: Axes, ticks: Sequence[Any], norm: Any) -> Any:
+    """A histogram of norms (BINS,) in each column: counts (columns, BINS), in shares of the column."""
+    shares = coarse(tables).T / np.maximum(tables.sum(-1), 1)
+    return axis.pcolormesh(
+        np.arange(len(ticks) + 1), coarse_edges(), np.ma.masked_equal(shares, 0), norm=norm, cmap=RAINBOW
+    )
+
+
+def layer_histograms(
+    names: Sequence[str], tables: Sequence[Array], told: Sequence[dict[str, Any]], cutoffs: Sequence[float | None]
+) -> Figure:
+    """Norms along layers, after attention and after the feed-forward: figure 4a. tables: each (depth, 2, BINS)."""
+    from matplotlib.colors import LogNorm
+
+    figure = new_figure(WIDTH, 0.5 + 2.7 * len(names))
+    panels = figure.subplots(len(names), 1, sharey=True, squeeze=False)[:, 0]
+    colours = LogNorm(1 / max(int(table[0, 0].sum()) for table in tables), 1)
+    for axis, name, table, layers, cutoff in zip(panels, names, tables, told, cutoffs, strict=True):
+        depth = len(table)
+        drawn = along(table.reshape(2 * depth, -1), axis, range(2 * depth), colours)
+        middle = np.arange(2 * depth) + 0.5
+        for key, line in (("normal_median", "white"), ("outlier_median", COLOURS[1])):
+            medians = np.array(layers[key], dtype=float).ravel()
+            if not np.isnan(medians).all():
+                label = f"median of {key.partition('_')[0]} patches"
+                axis.plot(middle, medians, color=line, linewidth=1.4, label=label)
+        axis.set(yscale="log", ylim=limits(tables), xlim=(0, 2 * depth))
+        step = max(1, depth // 20)
+        axis.set_xticks(np.arange(0, 2 * depth, 2 * step) + 1, [str(at) for at in range(0, depth, step)])
+        axis.set_title(name, loc="left", fontsize=10)
+        if cutoff is not None:
+            axis.axhline(cutoff, color="black", linestyle="--", linewidth=0.8)
+        legend = axis.legend(fontsize=8, loc="upper left", facecolor=GREY, framealpha=0.8, labelcolor="white")
+        legend.get_frame().set_linewidth(0)
+        plain_norm_axis(axis, "y")
+    panels[-1].set_xlabel("layer: left half after attention, right half after the feed-forward")
+    figure.supylabel("norm of a patch token", fontsize=10)
+    figure.colorbar(drawn, ax=panels.tolist(), pad=0.01).set_label("share of tokens")
+    return figure
+
+
+def smooth_density(counts: Array) -> Array:
+    """A kernel density of cosines from their histogram (COSINES,), mirrored at 1 so that nothing leaks out."""
+    middle = cosine_centres()
+    density = np.zeros_like(middle)
+    for centre in (middle, 2 - middle, -2 - middle):
+        kernel = np.exp(-0.5 * ((middle[:, None] - centre[None]) / SMOOTH) ** 2) / (SMOOTH * np.sqrt(2 * np.pi))
+        density += kernel @ counts / counts.sum()
+    return density
+
+
+def cosine_densities(names: Sequence[str], counts: Sequence[Array]) -> Figure:
+    """Normal patches and outliers, one panel a network: figure 5a. counts: each (2, COSINES)."""
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure = new_figure(WIDTH, 0.5 + 2.4 * rows)
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    low = min(cosine_centres()[np.flatnonzero(table.sum(0))[0]] for table in counts)
+    for axis, name, table in zip(panels, names, counts, strict=False):
+        for kind, label, line in ((0, "normal", COLOURS[0]), (1, "outlier", COLOURS[1])):
+            if table[kind].any():
+                density = smooth_density(table[kind])
+                axis.fill_between(cosine_centres(), density, alpha=0.25, color=line, linewidth=0)
+                axis.plot(cosine_centres(), density, color=line, label=f"{label} patches")
+        axis.set_title(name, loc="left", fontsize=10)
+        axis.set(xlim=(max(-1, low - 0.05), 1), ylim=(0, None), xlabel="cosine to neighbours")
+        axis.legend(fontsize=8, frameon=False, loc="upper left")
+        plain_axes(axis)
+    for axis in panels[len(names) :]:
+        axis.set_axis_off()
+    panels[0].set_ylabel("density")
+    return figure
+
+
+def type_strips(names: Sequence[str], tables: Sequence[dict[str, Array]], cutoff: float | None) -> Figure:
+    """Norms by type of token, a panel a network: figures 7 and 15. tables: by type, each (BINS,)."""
+    from matplotlib.patches import Rectangle
+
+    widths = [max(2, len(each)) for each in tables]
+    bounds = limits([counts for each in tables for counts in each.values()])
+    figure = new_figure(WIDTH, 3.4)
+    panels = figure.subplots(1, len(names), sharey=True, squeeze=False, width_ratios=widths)[0]
+    for number, (axis, name, types) in enumerate(zip(panels, names, tables, strict=True)):
+        for at, (kind, counts) in enumerate(types.items()):
+            low, q25, middle, q75, high, most = quantiles(counts, [0.01, 0.25, 0.5, 0.75, 0.99, 1.0])
+            if low is None or q25 is None or q75 is None:
+                continue
+            shade = GREY if kind.startswith("register") else colour(number)
+            axis.plot([at, at], [low, high], color=shade, linewidth=1.5)
+            axis.add_patch(Rectangle((at - 0.25, q25), 0.5, q75 - q25, color=shade, alpha=0.8))
+            axis.plot([at - 0.3, at + 0.3], [middle, middle], color="black", linewidth=1.5)
+            axis.plot(at, most, marker="o", markersize=3.5, color=shade)
+        axis.set_xticks(range(len(types)), [kind.replace("register ", "reg ") for kind in types], fontsize=8)
+        axis.tick_params(axis="x", rotation=90 if len(types) > 7 else 0)
+        axis.set(yscale="log", xlim=(-0.6, len(types) - 0.4), ylim=bounds)
+        if cutoff is not None:
+            axis.axhline(cutoff, color="black", linestyle="--", linewidth=0.8)
+        axis.set_title(name, loc="left", fontsize=10)
+        plain_norm_axis(axis, "y")
+        plain_axes(axis)
+    panels[0].set_ylabel("norm")
+    return figure
+
+
+def heat_maps(
+    titles: Sequence[str], maps: Sequence[Array], label: str, per_row: int, own_scale: bool = False
+) -> Figure:
+    """Maps (h, w) over positions, on one scale, or each on its own."""
+    rows = -(-len(maps) // per_row)
+    cell = min(2.6, (WIDTH - 0.9) / per_row)
+    figure = new_figure(cell * per_row + 0.9, (cell + 0.35) * rows)
+    panels = figure.subplots(rows, per_row, squeeze=False).ravel()
+    top = max(float(each.max()) for each in maps) or 1.0
+    for axis, title, each in zip(panels, titles, maps, strict=False):
+        bounds = {} if own_scale else {"vmin": 0.0, "vmax": top}
+        drawn = axis.imshow(each, cmap="magma", **bounds)
+        axis.set_title(title, fontsize=9)
+        if own_scale:
+            figure.colorbar(drawn, ax=axis, shrink=0.8)
+    for axis in panels:
+        axis.set_xticks([]), axis.set_yticks([])
+    for axis in panels[len(maps) :]:
+        axis.set_axis_off()
+    if not own_scale:
+        figure.colorbar(drawn, ax=panels.tolist(), shrink=0.8, pad=0.01).set_label(label)
+    return figure

@@ -1,0 +1,68 @@
+"""Where in the image outliers lie: border against centre, and stripes (registers paper, appendix A)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dinoreg.models.vit import resample_positions
+from eval.inside.artifacts.neighbours import on_border
+
+NARROWEST = 6  # columns of which an autocorrelation at lag 2 can be told
+
+Map = NDArray[np.float64]
+
+
+def edge_sums(values: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Values (..., N) by position, summed on the border and inside: (..., 2)."""
+    border = on_border(grid, values.device)
+    return torch.stack([values[..., border].sum(-1), values[..., ~border].sum(-1)], dim=-1)
+
+
+def border_ratio(sums: Tensor, grid: tuple[int, int]) -> Tensor:
+    """How much more there is at a place on the border than inside: sums (..., 2) as of `edge_sums` -> (...).
+
+    Where nothing lies inside, half a token is taken to. The grid must have an inside.
+    """
+    inside = (grid[0] - 2) * (grid[1] - 2)
+    outer, inner = sums.double().unbind(-1)
+    return (outer / (grid[0] * grid[1] - inside)) / (inner.clamp(min=0.5) / inside)
+
+
+def stripes(rates: Map, lag: int = 2, along: int = 1) -> float | None:
+    """Autocorrelation at a lag of the profile of a map (h, w) along its columns (1) or rows (0), -1 to 1.
+
+    The profile's best parabola is taken off first, for a preference for the border is none for every other column.
+    None where the profile is too short, or flat.
+    """
+    profile = rates.mean(1 - along)
+    if len(profile) < NARROWEST:
+        return None
+    at = np.arange(len(profile))
+    rest = profile - np.polyval(np.polyfit(at, profile, 2), at)
+    power = float((rest**2).sum())
+    if power <= 1e-20 * max(float((profile**2).sum()), 1e-300):
+        return None
+    return float((rest[lag:] * rest[:-lag]).sum() / power)
+
+
+def resampling_gradient(old: tuple[int, int], new: tuple[int, int], antialias: bool, offset: float = 0.0) -> Map:
+    """How much each learnt position counts after the grid was resampled: (h, w) of the old grid.
+
+    It is the gradient of the sum over the new grid (figure 11); all alike is best.
+    """
+    with torch.enable_grad():
+        positions = torch.zeros(1, old[0] * old[1], 1, requires_grad=True)
+        resample_positions(positions, old, new, antialias=antialias, offset=offset).sum().backward()
+    assert positions.grad is not None
+    return positions.grad.view(old).double().numpy()
+
+
+def smaller_grid(native: int, used: int) -> int:
+    """Patches along a side at which positions are resampled: those that are used anyway, or fewer than the native ones.
+
+    In the paper networks of 37 are seen with images of 16.
+    """
+    return used if used != native else max(2, round(native * 16 / 37))
