@@ -124,17 +124,19 @@ class Look:
                 advance(len(places) * ranks.world)  # the others are about as far
         self._leave_out(part, lost)
 
-    def photos(self) -> tuple[Tensor, list[str]]:
+    def photos(self, size: int = 0) -> tuple[Tensor, list[str]]:
         """A few of the images, evenly spaced among those looked at, for maps: uint8 (n, 3, S, S), and their names.
 
-        The same for all networks that are shown the same images. Those that cannot be read are passed over.
+        The same for all networks that are shown the same images. Those that cannot be read are passed over. size:
+        pixels, where maps are wanted in a higher resolution than that of the measurements.
         """
+        view = View(size, round(size * self.cfg.zoom)) if size else self.view
         count = min(self.cfg.photos, len(self.part))
         places = [round(at) for at in torch.linspace(0, len(self.part) - 1, count).tolist()]
-        seen = [(*Viewed(self.part, self.view)[place], place) for place in dict.fromkeys(places)]
+        seen = [(*Viewed(self.part, view)[place], place) for place in dict.fromkeys(places)]
         names = [self.part.images.name(int(self.part.rows[place])) for _, good, place in seen if good]
         pixels = [pixels for pixels, good, _ in seen if good]
-        return (torch.stack(pixels) if pixels else torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)), names
+        return (torch.stack(pixels) if pixels else torch.empty(0, 3, view.size, view.size, dtype=torch.uint8)), names
 
     def prepare(self, pixels: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) as the network wants it, on the device."""

@@ -1,0 +1,78 @@
+"""Maps of a few photos, in a higher resolution than that of the measurements, so that something is seen on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dinoreg.config import ConfigError
+from eval.compute import autocast
+from eval.inside.look import Look, LookConfig
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+R = TypeVar("R")
+FINER = 2  # times the image size; the paper's maps are "calculated in high resolution"
+BRIGHTEST = 0.99  # quantile of a map that is drawn brightest: a few patches may take so much that all others are black
+
+
+@dataclass
+class MapConfig(LookConfig):
+    """Options of experiments whose outcome is mostly a map."""
+
+    layer: int = -1  # block that is looked at, as an index into a list
+    map_size: int = 0  # pixels of the photos whose maps are drawn; 0 = twice image_size
+
+    def check(self) -> None:
+        """Raises ConfigError."""
+        super().check()
+        if self.map_size < 0:
+            raise ConfigError("must be at least 0", "map_size")
+
+
+def choose_map_size(look: Look, asked: int) -> int:
+    """A multiple of the patch size. Raises ConfigError where the asked one is none."""
+    if asked % look.backbone.patch_size:
+        raise ConfigError(f"{asked} pixels are not tiled by patches of {look.backbone.patch_size}", "map_size")
+    return asked or FINER * look.size
+
+
+def of_each_photo(look: Look, size: int, measure: Callable[[Tensor], R]) -> tuple[Tensor, list[str], list[R]]:
+    """The photos (uint8, (n, 3, size, size)), their names, and what `measure` finds in each.
+
+    measure: of normalised images (1, 3, size, size) on the device. The main rank computes, and tells the others.
+    """
+
+    @torch.no_grad()
+    def compute() -> tuple[Tensor, list[str], list[R]]:
+        pixels, names = look.photos(size)
+        with autocast(look.context.device, look.precision):
+            return pixels, names, [measure(look.prepare(photo[None])) for photo in pixels]
+
+    return look.context.ranks.from_main(compute)
+
+
+def draw_photo(axes: Axes, photo: NDArray[np.uint8]) -> None:
+    """uint8 (3, H, W), without ticks."""
+    axes.imshow(photo.transpose(1, 2, 0))
+    bare(axes)
+
+
+def draw_map(axes: Axes, weights: NDArray[np.floating], colours: str = "magma") -> None:
+    """A map (h, w) without ticks, from its lowest value to nearly its highest."""
+    axes.imshow(weights, cmap=colours, vmin=float(weights.min()), vmax=float(np.quantile(weights, BRIGHTEST)))
+    bare(axes)
+
+
+def bare(axes: Axes) -> None:
+    """Nothing but the picture."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
