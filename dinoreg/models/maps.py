@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from itertools import islice
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dinoreg.models.layers import Block
@@ -57,19 +59,47 @@ def patch_norms(model: VisionTransformer, images: Tensor) -> Tensor:
     return features.prenorm[:, 1 + model.num_registers :].float().norm(dim=-1).unflatten(-1, features.grid)
 
 
+class Components(NamedTuple):
+    """The strongest principal components of tokens: scores (..., n, k) and shares of the variance (..., k), in fp64.
+
+    Scores have mean 0 and variance 1 and a skew that is not negative (signs of components are arbitrary); beyond the
+    rank of the tokens they and the shares are 0.
+    """
+
+    scores: Tensor
+    shares: Tensor
+
+
+@torch.no_grad()
+def principal_components(tokens: Tensor, count: int = 3) -> Components:
+    """Of each set of tokens (..., n, D) by itself."""
+    x = tokens.double()
+    size = x.square().sum((-2, -1))
+    x = x - x.mean(dim=-2, keepdim=True)
+    n, dim = x.shape[-2:]
+    # The smaller of the two products has the same strengths, and either's directions give the scores.
+    product = x @ x.mT if n <= dim else x.mT @ x
+    strengths, directions = torch.linalg.eigh(product)
+    strengths, directions = strengths.flip(-1)[..., :count], directions.flip(-1)[..., :count]
+    scores = directions if n <= dim else x @ directions
+    scores = scores / scores.square().mean(dim=-2, keepdim=True).sqrt().clamp(min=1e-300)
+    scores = torch.where(scores.pow(3).mean(dim=-2, keepdim=True) < 0, -scores, scores)
+    real = strengths > 1e-12 * (size[..., None] + 1e-24)
+    scores = torch.where(real[..., None, :], scores, 0.0)
+    shares = torch.where(real, strengths / x.square().sum((-2, -1)).clamp(min=1e-300)[..., None], 0.0)
+    missing = (0, count - scores.shape[-1])
+    return Components(F.pad(scores, missing), F.pad(shares, missing))
+
+
+def component_colours(scores: Tensor) -> Tensor:
+    """Scores of three components (..., 3) as colours in [0, 1], clipped at +-2.3."""
+    return (0.5 + scores.clamp(-CLIP, CLIP) / (2 * CLIP)).float()
+
+
 @torch.no_grad()
 def pca_rgb(patches: Tensor, grid: tuple[int, int]) -> Tensor:
     """The first three principal components of one image's patches (N, D) as colours (h, w, 3) in [0, 1].
 
-    Each component is scaled by its own standard deviation, turned so that its skew is positive (signs of components
-    are arbitrary), and clipped at +-2.3. Components beyond the rank of the features are grey.
+    Components beyond the rank of the features are grey.
     """
-    centred = patches.double() - patches.double().mean(dim=0)
-    _, strength, directions = torch.linalg.svd(centred, full_matrices=False)
-    scores = centred.new_zeros(len(centred), 3)
-    rank = min(3, int((strength > 1e-6 * (patches.double().norm() + 1e-12)).sum()))
-    found = centred @ directions[:rank].T
-    found = found / found.square().mean(dim=0).sqrt()
-    turned = torch.where(found.pow(3).mean(dim=0) < 0, -found, found)
-    scores[:, :rank] = turned
-    return (0.5 + scores.clamp(-CLIP, CLIP) / (2 * CLIP)).float().unflatten(0, grid)
+    return component_colours(principal_components(patches).scores).unflatten(0, grid)

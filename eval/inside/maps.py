@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,8 +17,11 @@ from eval.inside.look import Look, LookConfig
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 R = TypeVar("R")
+WIDTH = 9.0  # inches of a page
+MOST_PHOTOS = 4  # rows of a figure
 FINER = 2  # times the image size; the paper's maps are "calculated in high resolution"
 BRIGHTEST = 0.99  # quantile of a map that is drawn brightest: a few patches may take so much that all others are black
 
@@ -57,6 +60,18 @@ def of_each_photo(look: Look, size: int, measure: Callable[[Tensor], R]) -> tupl
             return pixels, names, [measure(look.prepare(photo[None])) for photo in pixels]
 
     return look.context.ranks.from_main(compute)
+
+
+def sheet(rows: int, columns: int) -> tuple[Figure, NDArray[Any]]:
+    """A figure with axes (rows, columns), squares that fill the width of a page, or less where there are few."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    side = min(WIDTH / columns, 2.0)
+    close = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.03, wspace=0.01, hspace=0.01)
+    figure = Figure(figsize=(side * columns, (side + 0.18) * rows + 0.25), layout=close)
+    axes: NDArray[Any] = figure.subplots(rows, columns, squeeze=False)
+    return figure, axes
 
 
 def draw_photo(axes: Axes, photo: NDArray[np.uint8]) -> None:

@@ -72,7 +72,23 @@ _EXPERIMENTS: list[Suite] = [
         "AttentionConfig",
         findings="eval.inside.attention.shown",
     ),
+    Suite(
+        "features",
+        "what tells patches apart, as maps",
+        "images",
+        "eval.suites.features",
+        "FeaturesConfig",
+        findings="eval.inside.features.shown",
+    ),
     Suite("cost", "what registers cost", "", "eval.suites.cost", "CostConfig", findings="eval.inside.cost.shown"),
+    Suite(
+        "knockout",
+        "what CLS depends on, found by taking it away",
+        "images",
+        "eval.suites.knockout",
+        "KnockoutConfig",
+        findings="eval.inside.knockout.shown",
+    ),
     Suite(
         "test-time-registers",
         "registers added to a network that was trained without",

@@ -99,7 +99,11 @@ def run(backbone: Backbone, cfg: AttentionConfig, context: Context) -> Result:
         "patches": seen.average.shape[1],
         "grid": list(look.grid),
         "cutoff": {"value": cutoff.value, "rule": cutoff.rule, "how": cutoff.how, "layer": norm_layer, **found_on},
-        "outliers": {"share": _share(seen), "images": int((seen.outliers > 0).sum())},
+        "outliers": {
+            "tokens": int(seen.outliers.sum()),
+            "share": _share(seen),
+            "images": int((seen.outliers > 0).sum()),
+        },
         "tokens": tell_tokens(seen, look.grid),
         "heads": tell_heads(seen),
         "pairs": {"cosine": seen.similarities[0].tolist(), "jensen_shannon": seen.similarities[1].tolist()},

@@ -10,14 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval.inside.finding import Album, Picture, Seen
-from eval.inside.maps import bare, draw_map, draw_photo
+from eval.inside.maps import MOST_PHOTOS, WIDTH, bare, draw_map, draw_photo, sheet
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-WIDTH = 9.0  # inches of a page
-MOST_PHOTOS = 4  # rows of a figure
 MOST_OVERLAYS = 2  # networks beside one another for which there is room to lay maps over photos
 HEADS_A_ROW = 8
 LABELLED = 6  # tokens up to which each cell of a matrix holds its number
@@ -28,7 +25,7 @@ def cls_maps(seen: Sequence[Seen], album: Album) -> Picture:
     """Figures 1, 2, 8 and 19: a row a photo, and for each network the map of CLS, bare and over the photo."""
     each_has = ["map", "overlay"] if len(seen) <= MOST_OVERLAYS else ["map"]
     photos = seen[0].arrays["photos"][:MOST_PHOTOS]
-    figure, axes = _sheet(len(photos), 1 + len(each_has) * len(seen))
+    figure, axes = sheet(len(photos), 1 + len(each_has) * len(seen))
     for row, photo in zip(axes, photos, strict=True):
         draw_photo(row[0], photo)
     for at, each in enumerate(seen):
@@ -57,7 +54,7 @@ def head_maps(each: Seen, at: int, album: Album) -> Picture:
     """Figure 18: the heads of CLS one by one, on one photo."""
     maps, told = each.arrays["photo_heads"][0], _told(each, "heads")
     columns = min(HEADS_A_ROW, len(maps) + 1)
-    figure, axes = _sheet(math.ceil((len(maps) + 1) / columns), columns)
+    figure, axes = sheet(math.ceil((len(maps) + 1) / columns), columns)
     cells = axes.ravel()
     draw_photo(cells[0], each.arrays["photos"][0])
     for number, weights in enumerate(maps):
@@ -76,7 +73,7 @@ def register_maps(each: Seen, at: int, album: Album) -> Picture:
     """Figure 9: CLS and some registers, a row a photo."""
     photos, maps = each.arrays["photos"][:MOST_PHOTOS], each.arrays["photo_maps"]
     shown: Any = each.details["shown"]
-    figure, axes = _sheet(len(photos), 2 + len(shown))
+    figure, axes = sheet(len(photos), 2 + len(shown))
     for number, (row, photo) in enumerate(zip(axes, photos, strict=True)):
         draw_photo(row[0], photo)
         for cell, weights in zip(row[1:], maps[number], strict=True):
@@ -91,7 +88,7 @@ def register_maps(each: Seen, at: int, album: Album) -> Picture:
 def average_maps(seen: Sequence[Seen], album: Album) -> Picture:
     """Figure 16: a row a network, a column a token; the average over all images."""
     columns = max(len(_shown_rows(each)) for each in seen)
-    figure, axes = _sheet(len(seen), columns)
+    figure, axes = sheet(len(seen), columns)
     for row, each in zip(axes, seen, strict=True):
         average, tokens = each.arrays["average"], _told(each, "tokens")
         rows = _shown_rows(each)
@@ -140,18 +137,6 @@ def _matrix(axis: Axes, values: NDArray[np.floating], reverse: bool) -> Any:
             dark = value > 0.6 if not reverse else value < 0.4
             axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color="w" if dark else "k")
     return drawn
-
-
-def _sheet(rows: int, columns: int) -> tuple[Figure, NDArray[Any]]:
-    """Squares that fill the width of a page, or less where there are few."""
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    side = min(WIDTH / columns, 2.0)
-    close = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.03, wspace=0.01, hspace=0.01)
-    figure = Figure(figsize=(side * columns, (side + 0.18) * rows + 0.25), layout=close)
-    axes: NDArray[Any] = figure.subplots(rows, columns, squeeze=False)
-    return figure, axes
 
 
 def _overlay(axes: Axes, photo: NDArray[np.uint8], weights: NDArray[np.floating]) -> None:

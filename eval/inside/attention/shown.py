@@ -12,6 +12,7 @@ from eval.results import Score
 
 MANY_TIMES = 2.0  # as much attention as its share of the patches: outliers that get less are no artifacts of the map
 ALIKE = 0.9  # cosine from which maps are called alike
+NEARLY = 0.1  # relative difference of two reaches that is not worth telling
 BORDER = 1.25  # times the weight inside, or its inverse, from which a token prefers the border or avoids it
 
 
@@ -66,21 +67,25 @@ def _told_cls(each: Seen) -> str:
     if "cls_outlier_excess" not in scores:
         return f"{said}; no patch is an outlier, so there is none to attend to."
     excess = scores["cls_outlier_excess"]
-    verdict = _verdict(excess)
     return (
-        f"{said}; outliers are {percent(outliers['share'])} of the patches and get {percent(cls['outlier_mass'])} of "
-        f"the attention, {excess.value:.2g} times their share: {verdict}."
+        f"{said}; outliers are {outliers['tokens']:,} of {each.details['images'] * patches:,} patches "
+        f"({percent(outliers['share'])}) and get {percent(cls['outlier_mass'])} of the attention, {excess.value:.2g} "
+        f"times their share: {_verdict(excess)}."
     )
 
 
 def _verdict(excess: Score) -> str:
     if excess.low > MANY_TIMES:
         return "they are artifacts of the map"
+    if excess.low > 1 and excess.value > MANY_TIMES:
+        return "more than others"
     if excess.low > 1:
         return "a little more than others"
     if excess.high < 1:
         return "less than others, so they do not spoil the map"
-    return "about as much as others"
+    return (
+        f"with an interval of {excess.low:.2g} to {excess.high:.2g} times, it cannot be told whether more than others"
+    )
 
 
 def _cls_row(each: Seen) -> list[str]:
@@ -199,11 +204,14 @@ def _told_average(each: Seen) -> str:
     habits = "; ".join(said[:5]) if said else "no token prefers the border or the inside much"
     if patch["reach"] is None or cls["reach"] is None:
         return f"{each.name}: {habits}."
-    local = "more local" if patch["reach"] < cls["reach"] else "not more local"
-    return (
-        f"{each.name}: {habits}. The patch in the middle is {local} (reach {patch['reach']:.2f} ×) than CLS "
-        f"({cls['reach']:.2f} ×)."
+    ratio = patch["reach"] / cls["reach"]
+    local = (
+        "is about as local as CLS"
+        if abs(ratio - 1) < NEARLY
+        else f"is {'more' if ratio < 1 else 'less'} local than CLS"
     )
+    reach = f"(reach {patch['reach']:.2f} × against {cls['reach']:.2f} ×)"
+    return f"{each.name}: {habits}. The patch in the middle is {local} CLS {reach}."
 
 
 def _place_rows(each: Seen) -> list[list[str]]:
