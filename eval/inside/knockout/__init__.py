@@ -1,0 +1,1 @@
+"""What the class token depends on, found by taking it away: knock-outs, swaps, masking."""
