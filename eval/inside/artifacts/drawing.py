@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 WIDTH = 9.0  # inches of a page
 COARSE = 8  # bins of the tables in one of a figure
 SMOOTH = 0.02  # of a density of cosines: standard deviation of its kernel
-RAINBOW, GREY = "viridis", "#8a8f98"
+RAINBOW, HEAT, GREY = "viridis", "magma", "#8a8f98"
 
 Array = NDArray[Any]
 
@@ -72,9 +72,10 @@ def norm_histograms(names: Sequence[str], counts: Sequence[Array], cutoffs: Sequ
             axis.axvline(cutoff, color="black", linestyle="--", linewidth=1)
             axis.annotate(f" cutoff {cutoff:.4g}", (cutoff, 60), fontsize=9, va="center")
         plain_norm_axis(axis)
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
         plain_axes(axis)
     panels[-1].set_xlabel("norm of a patch token")
-    figure.supylabel("% of tokens in a bin", fontsize=10)
+    figure.supylabel("share of tokens in each bin", fontsize=10)
     return figure
 
 
@@ -158,11 +159,17 @@ def layer_histograms(
 
 
 def smooth_density(counts: Array) -> Array:
-    """A kernel density of cosines from their histogram (COSINES,), mirrored at 1 so that nothing leaks out."""
+    """A kernel density of cosines from their histogram (COSINES,), mirrored at the ends so that nothing leaks out.
+
+    The kernel is Silverman's for so many tokens, and at least SMOOTH wide.
+    """
     middle = cosine_centres()
+    mean = (counts * middle).sum() / counts.sum()
+    spread = np.sqrt((counts * (middle - mean) ** 2).sum() / counts.sum())
+    width = max(SMOOTH, 1.06 * spread * counts.sum() ** -0.2)
     density = np.zeros_like(middle)
     for centre in (middle, 2 - middle, -2 - middle):
-        kernel = np.exp(-0.5 * ((middle[:, None] - centre[None]) / SMOOTH) ** 2) / (SMOOTH * np.sqrt(2 * np.pi))
+        kernel = np.exp(-0.5 * ((middle[:, None] - centre[None]) / width) ** 2) / (width * np.sqrt(2 * np.pi))
         density += kernel @ counts / counts.sum()
     return density
 
@@ -220,25 +227,85 @@ def type_strips(names: Sequence[str], tables: Sequence[dict[str, Array]], cutoff
     return figure
 
 
-def heat_maps(
-    titles: Sequence[str], maps: Sequence[Array], label: str, per_row: int, own_scale: bool = False
-) -> Figure:
-    """Maps (h, w) over positions, on one scale, or each on its own."""
+def heat_maps(titles: Sequence[str], maps: Sequence[Array], label: str, per_row: int, low: float = 0.0) -> Figure:
+    """Maps (h, w) over positions, on one scale from `low`, or from less where there is less."""
     rows = -(-len(maps) // per_row)
     cell = min(2.6, (WIDTH - 0.9) / per_row)
     figure = new_figure(cell * per_row + 0.9, (cell + 0.35) * rows)
     panels = figure.subplots(rows, per_row, squeeze=False).ravel()
-    top = max(float(each.max()) for each in maps) or 1.0
+    bounds = _bounds(maps, low)
     for axis, title, each in zip(panels, titles, maps, strict=False):
-        bounds = {} if own_scale else {"vmin": 0.0, "vmax": top}
-        drawn = axis.imshow(each, cmap="magma", **bounds)
+        drawn = axis.imshow(each, cmap=HEAT, vmin=bounds[0], vmax=bounds[1])
         axis.set_title(title, fontsize=9)
-        if own_scale:
-            figure.colorbar(drawn, ax=axis, shrink=0.8)
     for axis in panels:
         axis.set_xticks([]), axis.set_yticks([])
     for axis in panels[len(maps) :]:
         axis.set_axis_off()
-    if not own_scale:
-        figure.colorbar(drawn, ax=panels.tolist(), shrink=0.8, pad=0.01).set_label(label)
+    figure.colorbar(drawn, ax=panels.tolist(), shrink=0.8, pad=0.01).set_label(label)
+    return figure
+
+
+def _bounds(maps: Sequence[Array], low: float | None) -> tuple[float, float]:
+    """Of a common scale; as far as values go where `low` is None."""
+    least, most = min(float(each.min()) for each in maps), max(float(each.max()) for each in maps)
+    bottom = least if low is None else min(low, least)
+    return bottom, most if most > bottom else bottom + 1
+
+
+def map_rows(titles: Sequence[str], rows: Sequence[tuple[str, Sequence[Array], float | None]]) -> Figure:
+    """Maps side by side in each row, on the row's own scale: (what it shows, maps, lowest value)."""
+    cell = 2.3
+    figure = new_figure(cell * len(titles) + 1.2, cell * len(rows) + 0.3)
+    grid = figure.subplots(len(rows), len(titles), squeeze=False)
+    for axes, (label, maps, low) in zip(grid, rows, strict=True):
+        bounds = _bounds(maps, low)
+        for axis, each in zip(axes, maps, strict=True):
+            drawn = axis.imshow(each, cmap=HEAT, vmin=bounds[0], vmax=bounds[1])
+            axis.set_xticks([]), axis.set_yticks([])
+        figure.colorbar(drawn, ax=axes.tolist(), shrink=0.9, pad=0.02).set_label(label, fontsize=9)
+    for axis, title in zip(grid[0], titles, strict=True):
+        axis.set_title(title, fontsize=10)
+    return figure
+
+
+def accuracy_bars(
+    names: Sequence[str], columns: Sequence[dict[str, Any]], intervals: Sequence[dict[str, tuple[float, float]]]
+) -> Figure:
+    """Accuracies by kind of token, a group of bars a network."""
+    widths = [max(3, len(each)) for each in columns]
+    figure = new_figure(WIDTH, 2.9)
+    panels = figure.subplots(1, len(names), sharey=True, squeeze=False, width_ratios=widths)[0]
+    for number, (axis, name, kinds, spans) in enumerate(zip(panels, names, columns, intervals, strict=True)):
+        for at, (kind, found) in enumerate(kinds.items()):
+            if found is None:
+                axis.annotate("–", (at, 1), ha="center", fontsize=11)
+                continue
+            axis.bar(at, found["top1"], width=0.7, color=GREY if kind.startswith("register") else colour(number))
+            axis.plot([at, at], spans[kind], color="black", linewidth=1.2)
+        axis.set_xticks(range(len(kinds)), [kind.replace("register ", "reg ") for kind in kinds], fontsize=8)
+        axis.tick_params(axis="x", rotation=90 if len(kinds) > 7 else 0)
+        axis.set(ylim=(0, 100), xlim=(-0.6, len(kinds) - 0.4))
+        axis.set_title(name, loc="left", fontsize=10)
+        plain_axes(axis)
+    panels[0].set_ylabel("top-1 accuracy, %")
+    return figure
+
+
+def step_histograms(names: Sequence[str], tables: Sequence[Array], steps: Sequence[Sequence[int]]) -> Figure:
+    """Norms along the training: figure 4b. tables: each (steps, BINS)."""
+    from matplotlib.colors import LogNorm
+
+    figure = new_figure(WIDTH, 0.5 + 2.4 * len(names))
+    panels = figure.subplots(len(names), 1, sharey=True, squeeze=False)[:, 0]
+    colours = LogNorm(1 / max(int(table[0].sum()) for table in tables), 1)
+    for axis, name, table, each in zip(panels, names, tables, steps, strict=True):
+        drawn = along(table, axis, each, colours)
+        axis.set(yscale="log", ylim=limits(tables))
+        step = max(1, len(each) // 10)
+        axis.set_xticks(np.arange(0, len(each), step) + 0.5, [f"{each[at]:,}" for at in range(0, len(each), step)])
+        axis.set_title(name, loc="left", fontsize=10)
+        plain_norm_axis(axis, "y")
+    panels[-1].set_xlabel("training step")
+    figure.supylabel("norm of a patch token", fontsize=10)
+    figure.colorbar(drawn, ax=panels.tolist(), pad=0.01).set_label("share of tokens")
     return figure

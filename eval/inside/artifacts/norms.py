@@ -102,3 +102,14 @@ def _cosines(
     if not border:
         cosines[:, edge] = torch.nan
     return cosine_histograms(cosines, outliers, how)
+
+
+def output_tokens(model: VisionTransformer, images: Tensor, layer: int, cutoff: float) -> tuple[Tensor, Tensor]:
+    """All tokens as they leave the last layer, before the final norm, (B, 1 + R + N, D), and who is an outlier (B, N).
+
+    An outlier leaves `layer` longer than `cutoff`.
+    """
+    for step in walk(model, images):
+        if step.index == layer:
+            outliers = step.leaving[:, 1 + model.num_registers :].float().norm(dim=-1) > cutoff
+    return step.leaving, outliers

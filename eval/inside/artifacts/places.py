@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dinoreg.models.vit import resample_positions
+from dinoreg.models.vit import VisionTransformer, resample_positions
 from eval.inside.artifacts.neighbours import on_border
+from eval.inside.artifacts.norms import patch_norms_at
+from eval.inside.artifacts.tally import Tally
+from eval.inside.look import Batch
 
 NARROWEST = 6  # columns of which an autocorrelation at lag 2 can be told
 
@@ -66,3 +73,38 @@ def smaller_grid(native: int, used: int) -> int:
     In the paper networks of 37 are seen with images of 16.
     """
     return used if used != native else max(2, round(native * 16 / 37))
+
+
+@contextmanager
+def resampling(model: VisionTransformer, antialias: bool, offset: float) -> Iterator[None]:
+    """The network with its positions resampled in another way, and as it was afterwards."""
+    config = model.config
+    before = config.pos_antialias, config.pos_offset
+    config.pos_antialias, config.pos_offset = antialias, offset
+    try:
+        yield
+    finally:
+        config.pos_antialias, config.pos_offset = before
+
+
+def look_both_ways(model: VisionTransformer, batch: Batch, side: int, layer: int, cutoff: float) -> Tally:
+    """With antialiasing, and without, on images of side x side patches.
+
+    sums: places int64 (2, N), place_norms float64 (2, N): outliers and norms by position; seen int64 (1,).
+    """
+    size = side * model.patch_size
+    images = batch.images
+    if images.shape[-1] != size:
+        images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True)
+    norms = []
+    for antialias in (True, False):
+        with resampling(model, antialias, 0.0):
+            norms.append(patch_norms_at(model, images, layer))
+    both = torch.stack(norms)
+    return Tally(
+        {
+            "places": (both > cutoff).sum(1),
+            "place_norms": both.double().sum(1),
+            "seen": torch.tensor([len(batch)]),
+        }
+    )

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from eval.inside.artifacts.bins import Counts, quantiles, share_above
-from eval.inside.artifacts.clouds import Cutoff, find_cutoff, fit_clouds
+from eval.inside.artifacts.clouds import find_cutoff, fit_clouds
 from eval.inside.artifacts.neighbours import auroc
 from eval.inside.artifacts.norms import BRANCHES
 from eval.inside.artifacts.places import border_ratio, edge_sums, stripes
@@ -26,7 +26,7 @@ def percentiles(counts: Counts) -> dict[str, float | None]:
     return dict(zip(map(str, SHARES), quantiles(counts, SHARES), strict=True))
 
 
-def tell_norms(tally: Tally, layer: int, cutoff: Cutoff) -> tuple[dict[str, Any], dict[str, Score]]:
+def tell_norms(tally: Tally, layer: int) -> tuple[dict[str, Any], dict[str, Score]]:
     """1.1: the patches as they leave the layer."""
     counts = tally.sums["layers"][layer, 1].numpy()
     share, outliers = tally.rows["share"], int(tally.sums["outlier_layers"][layer, 1].sum())
