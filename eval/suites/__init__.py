@@ -82,6 +82,22 @@ _EXPERIMENTS: list[Suite] = [
     ),
     Suite("cost", "what registers cost", "", "eval.suites.cost", "CostConfig", findings="eval.inside.cost.shown"),
     Suite(
+        "discovery",
+        "LOST finds one object an image without labels, right or not",
+        "boxes",
+        "eval.suites.discovery",
+        "DiscoveryConfig",
+        findings="eval.inside.discovery.shown",
+    ),
+    Suite(
+        "decoupling",
+        "what the class token is made of",
+        "images",
+        "eval.suites.decoupling",
+        "DecouplingConfig",
+        findings="eval.inside.decoupling.shown",
+    ),
+    Suite(
         "knockout",
         "what CLS depends on, found by taking it away",
         "images",

@@ -173,7 +173,7 @@ def _arrays(outcome: Outcome, verdict: Verdict) -> dict[str, Any]:
 
 def _notes(cfg: DiscoveryConfig, verdict: Verdict, search: Search, short: int) -> list[str]:
     outcome = verdict.outcome
-    notes = [f"boxes are {search.images.layout}'s, of all classes alike"]
+    notes = [f"boxes of all classes count alike ({search.images.layout})"]
     if short:
         why = (
             "" if cfg.image_size else ", as the network was trained on small ones: image_size=-1 shows them as they are"

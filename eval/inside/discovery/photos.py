@@ -81,7 +81,7 @@ def _look(search: Search, verdict: Verdict, biases: Tensor, place: int, pixels: 
     scale = np.array([drawn[1] / size[1], drawn[0] / size[0]] * 2)
     right = {name: bool(verdict.right(choice)[own]) for name, choice in settings.items()}
     about = {"name": search.images.entries[place].file.name, "truth": (truth * scale).round(1).tolist(), "right": right}
-    about |= {"found": boxes, "seen": [height, width]}
+    about |= {"found": boxes, "seen": [height, width], "patch": sweep.sight.patch}
     maps = told[shown.block, shown.feature]
     steps = [maps.degrees / max(1, maps.degrees.shape[-1] - 1), maps.similarity, maps.expansion]
     parts = [_on_grid(step, shown.bias, grid) for step in steps]
