@@ -60,7 +60,7 @@ def mean_of_pairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
 class Lie(NamedTuple):
     """Where a map lies on the grid. row, column: its centre of gravity, 0 at the top or left, 1 at the other end;
     border: weight of a patch at the border in units of one inside; reach: root mean square distance from `origin`, in
-    units of what an even map has.
+    units of what an even map has. NaN where there is nothing to compare with.
     """
 
     row: float
@@ -70,18 +70,18 @@ class Lie(NamedTuple):
 
 
 def lie_of(weights: Tensor, origin: tuple[float, float]) -> Lie:
-    """Of one map (h, w). origin: a place on the grid, (row, column) in patches. The grid is at least 3 x 3, or the
-    border is all there is, and NaN."""
+    """Of one map (h, w). origin: a place on the grid, (row, column) in patches."""
     height, width = weights.shape
     p = (weights / weights.sum()).double().cpu()
     rows, columns = (torch.arange(length, dtype=torch.float64) for length in (height, width))
     squared = (rows[:, None] - origin[0]) ** 2 + (columns[None] - origin[1]) ** 2
     inside = p[1:-1, 1:-1]
-    around = (1 - float(inside.sum())) / (p.numel() - inside.numel())
+    weight = float(inside.sum())
+    around = (1 - weight) / (p.numel() - inside.numel())
     return Lie(
         float((p.sum(1) * rows).sum()) / max(1, height - 1),
         float((p.sum(0) * columns).sum()) / max(1, width - 1),
-        around / float(inside.mean()) if inside.numel() else math.nan,
+        around / weight * inside.numel() if weight else math.nan,
         math.sqrt(float((p * squared).sum()) / float(squared.mean())) if p.numel() > 1 else math.nan,
     )
 

@@ -33,9 +33,9 @@ def findings(seen: Sequence[Seen], album: Album) -> list[Finding]:
             "The tokens of an image's patches are put in order along the direction in which they differ most. Does "
             "that order follow the things on the photo?",
             " ".join(map(_told, seen)),
-            "The paper's figure 20 (15 in its first version) shows this map, and gives no figures for it. Its figure 17 "
-            "shows three components of MAE, which has no artifacts: the authors suppose because it learns from patches "
-            "alone.",
+            "The paper's figure 20 (15 in its first version) shows this map, and gives no figures for it. Its figure "
+            "17 shows three components of MAE, which has no artifacts: the authors suppose because it learns from "
+            "patches alone.",
             "; ".join(map(_basis, seen)),
             [*pictures, spectrum(seen, album)],
             ["network", "first component, each image by itself", "first three", "beyond 3 σ",
