@@ -44,12 +44,13 @@ def slow(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
     return out
 
 
-def test_sdpa_attends_within_each_sequence() -> None:
+@pytest.mark.parametrize("backend", ["sdpa", "matmul"])
+def test_a_token_attends_within_its_sequence(backend: str) -> None:
     packing = Packing.of([(2, 5), (3, 2), (1, 7)])
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, packing.tokens, 2, 8, generator=generator).unbind(0)
     torch.testing.assert_close(
-        attend(q, k, v, packing, "sdpa").double(), slow(q, k, v, [5, 5, 2, 2, 2, 7]), rtol=0, atol=1e-5
+        attend(q, k, v, packing, backend).double(), slow(q, k, v, [5, 5, 2, 2, 2, 7]), rtol=0, atol=1e-5
     )
 
 
@@ -71,6 +72,23 @@ def test_cpu_takes_sdpa_without_importing_xformers(caplog: pytest.LogCaptureFixt
     assert len(said) == 1 and said[0].startswith("attention on cpu in float32: sdpa")  # said once
 
 
+def test_a_cpu_in_bf16_takes_products_whose_gradients_are_those_of_sdpa() -> None:
+    """benchmarks/attention.py says why. Both are as far from float64 as bf16 makes them."""
+    assert resolve_backend("auto", CPU, BF16) == "matmul" and resolve_backend("auto", CPU, F32) == "sdpa"
+    packing = Packing.of([(2, 40), (3, 7)])
+    torch.manual_seed(0)
+    exact, grad = torch.randn(3, packing.tokens, 2, 16, dtype=torch.float64), torch.randn(packing.tokens, 2, 16)
+    gradients = {}
+    for backend, dtype in (("sdpa", torch.float64), ("sdpa", BF16), ("matmul", BF16)):
+        leaf = exact.clone().to(dtype).requires_grad_()
+        attend(*leaf.unbind(0), packing, backend).backward(grad.to(dtype))
+        assert leaf.grad is not None
+        gradients[backend, dtype] = leaf.grad.double()
+    truth = gradients["sdpa", torch.float64]
+    errors = [float((gradients[backend, BF16] - truth).norm() / truth.norm()) for backend in ("sdpa", "matmul")]
+    assert max(errors) < 0.01 and errors[1] < 2 * errors[0]
+
+
 @pytest.mark.parametrize("name", ["xformers", "varlen"])
 def test_asking_for_what_cannot_run_says_why(name: str) -> None:
     model = build_vit(ModelConfig(embed_dim=32, depth=1, num_heads=2, patch_size=4, image_size=8), attention=name)
@@ -83,7 +101,7 @@ def test_asking_for_what_cannot_run_says_why(name: str) -> None:
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(ValueError, match="attention=flash is not known: choose auto, xformers, varlen, sdpa"):
+    with pytest.raises(ValueError, match="attention=flash is not known: choose auto, xformers, varlen, sdpa, matmul"):
         resolve_backend("flash", CPU, F32)
 
 

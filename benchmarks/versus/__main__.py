@@ -52,7 +52,7 @@ class Work:
         words = {
             "run_dir": run, "data.sources": self.data, "data.workers": 0, "train.batch_size": self.batch,
             "train.steps": steps, "train.precision": self.precision, "checkpoint.every": steps,
-            "model.num_registers": 0, "objective.dino.head.prototypes": PROTOTYPES, "objective.koleo.group": 0,
+            "model.num_registers": 4, "objective.dino.head.prototypes": PROTOTYPES, "objective.koleo.group": 0,
             "objective.targets.centering": "centering", "crops.local_count": LOCALS, "monitor.every": steps,
             "tracking.pictures_every": 0, "tracking.wandb": "disabled",
         }  # fmt: skip

@@ -1,8 +1,10 @@
 """Attention within each sequence of a packed tensor, by whichever kernel the machine has.
 
-Three backends compute the same function. "xformers": memory-efficient attention under a block-diagonal mask, one kernel
+Four backends compute the same function. "xformers": memory-efficient attention under a block-diagonal mask, one kernel
 for all resolutions. "varlen": torch's own variable-length flash attention, likewise one kernel, half precision only.
-"sdpa": scaled_dot_product_attention once for each resolution; runs everywhere.
+"sdpa": scaled_dot_product_attention once for each resolution; runs everywhere. "matmul": two products and a softmax,
+once for each resolution, with all weights in memory; for CPUs in bf16, whose units for it sdpa's kernel leaves idle:
+forward and backward take a third of the time (benchmarks/attention.py).
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from dinoreg.models.xformers_backend import xformers_attention
 log = logging.getLogger(__name__)
 
 PREFERENCE = ("xformers", "varlen", "sdpa")
+KNOWN = (*PREFERENCE, "matmul")
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, packing: Packing, backend: str) -> Tensor:
@@ -34,18 +37,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packing: Packing, backend: str) -> T
 
 @lru_cache(maxsize=64)  # a decision is taken, and said, once a kind of tensor
 def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int = 64) -> str:
-    """The backend to use for `name` ("auto" or one of PREFERENCE) on tensors of this kind.
+    """The backend to use for `name` ("auto" or one of KNOWN) on tensors of this kind.
 
     Raises ValueError, saying why, when a backend is asked for by name and cannot run.
     """
     if name != "auto":
-        if name not in PREFERENCE:
-            raise ValueError(f"attention={name} is not known: choose auto, {', '.join(PREFERENCE)}")
+        if name not in KNOWN:
+            raise ValueError(f"attention={name} is not known: choose auto, {', '.join(KNOWN)}")
         if why := unusable(name, device, dtype, head_dim):
             raise ValueError(f"attention={name} cannot be used: {why}; attention=auto chooses what can")
         return name
     refusals = []
-    for candidate in PREFERENCE:
+    for candidate in ("matmul",) if device.type == "cpu" and dtype == torch.bfloat16 else PREFERENCE:
         if not (why := unusable(candidate, device, dtype, head_dim)):
             break
         refusals.append(f"{candidate}: {why}")
@@ -56,7 +59,7 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, head_di
 
 def unusable(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """Why a backend cannot run on such tensors, in a few words; empty when it can."""
-    if name == "sdpa":
+    if name in ("sdpa", "matmul"):
         return ""
     if device.type != "cuda":
         return f"it has no operator for {device.type.upper()} tensors"
@@ -91,6 +94,15 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     return torch.cat(out)
 
 
+def _matmul(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+    out = []
+    for parts in zip(packing.split(q), packing.split(k), packing.split(v), strict=True):
+        query, key, value = (part.transpose(1, 2) for part in parts)  # (b, heads, n, head_dim)
+        weights = ((query * q.shape[-1] ** -0.5) @ key.transpose(-2, -1)).softmax(dim=-1)
+        out.append((weights @ value).transpose(1, 2).flatten(0, 1))
+    return torch.cat(out)
+
+
 def _varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn  # torch >= 2.10
 
@@ -102,4 +114,5 @@ _BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Packing], Tensor]] = {
     "xformers": xformers_attention,
     "varlen": _varlen,
     "sdpa": _sdpa,
+    "matmul": _matmul,
 }

@@ -25,7 +25,7 @@ class EfficiencyConfig:
     reshard: bool = True  # free gathered weights between forward and backward: less memory, one more gather
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     compile: bool = False  # torch.compile each block
-    attention: Literal["auto", "xformers", "varlen", "sdpa"] = "auto"
+    attention: Literal["auto", "xformers", "varlen", "sdpa", "matmul"] = "auto"
 
 
 def parallelize(
