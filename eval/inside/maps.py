@@ -62,14 +62,17 @@ def of_each_photo(look: Look, size: int, measure: Callable[[Tensor], R]) -> tupl
     return look.context.ranks.from_main(compute)
 
 
-def sheet(rows: int, columns: int) -> tuple[Figure, NDArray[Any]]:
-    """A figure with axes (rows, columns), squares that fill the width of a page, or less where there are few."""
+def sheet(rows: int, columns: int, text: float = 0.18) -> tuple[Figure, NDArray[Any]]:
+    """A figure with axes (rows, columns), squares that fill the width of a page, or less where there are few.
+
+    text: inches above and below the squares of each row.
+    """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     side = min(WIDTH / columns, 2.0)
     close = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.03, wspace=0.01, hspace=0.01)
-    figure = Figure(figsize=(side * columns, (side + 0.18) * rows + 0.25), layout=close)
+    figure = Figure(figsize=(side * columns, (side + text) * rows + 0.25), layout=close)
     axes: NDArray[Any] = figure.subplots(rows, columns, squeeze=False)
     return figure, axes
 

@@ -61,8 +61,9 @@ def head_maps(each: Seen, at: int, album: Album) -> Picture:
         draw_map(cells[1 + number], weights)
         _mark(cells[1 + number], each.arrays["photo_outliers"][0])
         mass = told[number]["outlier_mass"]
-        spent = "" if mass is None else f", {100 * mass:.2g} % on outliers"
-        cells[1 + number].set_title(f"head {number}{spent}", fontsize=8)
+        cells[1 + number].set_title(f"head {number}", fontsize=8)
+        if mass is not None:
+            cells[1 + number].set_xlabel(f"{100 * mass:.2g} % on outliers", fontsize=7, labelpad=2)
     for cell in cells[1 + len(maps) :]:
         cell.set_visible(False)
     caption = f"{each.name}: the class token's attention in each head. Percentages are means over all images."
@@ -88,7 +89,7 @@ def register_maps(each: Seen, at: int, album: Album) -> Picture:
 def average_maps(seen: Sequence[Seen], album: Album) -> Picture:
     """Figure 16: a row a network, a column a token; the average over all images."""
     columns = max(len(_shown_rows(each)) for each in seen)
-    figure, axes = sheet(len(seen), columns)
+    figure, axes = sheet(len(seen), columns, text=0.42)
     for row, each in zip(axes, seen, strict=True):
         average, tokens = each.arrays["average"], _told(each, "tokens")
         rows = _shown_rows(each)
@@ -108,34 +109,43 @@ def average_maps(seen: Sequence[Seen], album: Album) -> Picture:
 
 
 def similarities(seen: Sequence[Seen], album: Album) -> Picture:
-    """How alike the maps of CLS and of the registers are, one pair of matrices a network."""
+    """How alike the maps of CLS and of the registers are, one pair of matrices a network, with the same limits."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(0.78 * WIDTH, 0.36 * WIDTH * len(seen)), layout="constrained")
     axes = figure.subplots(len(seen), 2, squeeze=False)
-    for row, each in zip(axes, seen, strict=True):
-        pairs: Any = each.details["pairs"]
-        for axis, key, title in (
-            (row[0], "cosine", "cosine (1: alike)"),
-            (row[1], "jensen_shannon", "Jensen-Shannon, bits (0: alike)"),
-        ):
-            drawn = _matrix(axis, np.array(pairs[key]), reverse=key != "cosine")
-            axis.set_title(f"{each.name}: {title}", fontsize=9)
-            figure.colorbar(drawn, ax=axis, shrink=0.85).ax.tick_params(labelsize=7)
+    for column, (key, title) in enumerate(
+        (("cosine", "cosine (1: alike)"), ("jensen_shannon", "Jensen-Shannon, bits (0: alike)"))
+    ):
+        matrices = [_matrix_of(each, key) for each in seen]
+        least, most = min(each.min() for each in matrices), max(each.max() for each in matrices)
+        low, high = (math.floor(10 * least) / 10, 1.0) if key == "cosine" else (0.0, math.ceil(10 * most) / 10 or 0.1)
+        for row, each, values in zip(axes, seen, matrices, strict=True):
+            drawn = _draw_matrix(row[column], values, (low, high), reverse=key != "cosine")
+            row[column].set_title(f"{each.name}: {title}", fontsize=9)
+            figure.colorbar(drawn, ax=row[column], shrink=0.85).ax.tick_params(labelsize=7)
     caption = "How alike the maps of two tokens are on the same image, averaged over all images. Dark: alike."
     return album.save(figure, "attention_similarity", caption)
 
 
-def _matrix(axis: Axes, values: NDArray[np.floating], reverse: bool) -> Any:
+def _matrix_of(each: Seen, key: str) -> NDArray[np.floating]:
+    pairs: Any = each.details["pairs"]
+    return np.array(pairs[key])
+
+
+def _draw_matrix(axis: Axes, values: NDArray[np.floating], limits: tuple[float, float], reverse: bool) -> Any:
+    """reverse: low numbers are dark."""
+    low, high = limits
     names = ["CLS", *(str(number) for number in range(len(values) - 1))]
-    drawn = axis.imshow(values, cmap="Blues_r" if reverse else "Blues", vmin=0, vmax=1)
-    axis.set_xticks(range(len(names)), names, fontsize=8)
-    axis.set_yticks(range(len(names)), names, fontsize=8)
+    drawn = axis.imshow(values, cmap="Blues_r" if reverse else "Blues", vmin=low, vmax=high)
+    few = len(names) <= LABELLED
+    axis.set_xticks(range(len(names)), names, fontsize=8 if few else 6, rotation=0 if few else 90)
+    axis.set_yticks(range(len(names)), names, fontsize=8 if few else 6)
     axis.set_xlabel("register", fontsize=8)
-    if len(names) <= LABELLED:
-        for (i, j), value in np.ndenumerate(values):
-            dark = value > 0.6 if not reverse else value < 0.4
-            axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color="w" if dark else "k")
+    for (i, j), value in np.ndenumerate(values) if few else ():
+        place = (value - low) / max(high - low, 1e-9)
+        axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7,
+                  color="w" if (place < 0.4 if reverse else place > 0.6) else "k")  # fmt: skip
     return drawn
 
 
@@ -162,7 +172,8 @@ def _mark(axes: Axes, outliers: NDArray[np.bool_]) -> None:
 def _range(weights: NDArray[np.floating]) -> str:
     """Lowest and highest weight in units of an even one."""
     even = float(weights.mean()) or 1.0
-    return f"{float(weights.min()) / even:.2g} to {float(weights.max()) / even:.2g} ×"
+    low, high = float(weights.min()) / even, float(weights.max()) / even
+    return f"{low:.2f} to {high:.{2 if high < 10 else 0}f} ×"
 
 
 def _shown_rows(each: Seen) -> list[int]:
