@@ -18,7 +18,7 @@ from rich.table import Table
 from benchmarks.step import describe_machine
 from dinoreg.parallel.mesh import Ranks
 
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,11 @@ def _memory(work: Callable[[], Any], device: torch.device) -> float:
     before = _resident("VmRSS")
     work()
     return max(0.0, _resident("VmHWM") - before)
+
+
+def peak_resident() -> float:
+    """Bytes that this process held at most."""
+    return _resident("VmHWM")
 
 
 def _resident(name: str) -> float:
