@@ -248,7 +248,7 @@ def _r2(each: Seen, kind: str, name: str) -> dict[str, Any] | None:
 
 def _rebuilding_says(each: Seen) -> str:
     if details(each)["rebuilt"] is None:
-        return "too few images"
+        return "too few images, or CLS is the same in all"
     found = {name: _r2(each, "r2", name) for name in ("weighted", "registers", "previous", "all")}
     said = [f"{number(told['value'])} from {SOURCES[name]}" for name, told in found.items() if told]
     return "R² is " + ", ".join(said)
@@ -257,7 +257,7 @@ def _rebuilding_says(each: Seen) -> str:
 def _rebuilding_basis(each: Seen) -> str:
     told = details(each)["rebuilt"]
     if told is None:
-        return f"{each.name}: too few images"
+        return f"{each.name}: too few images, or CLS is the same in all"
     sizes = [told["sizes"][name] for name in ("weighted", "all")]
     return f"{each.name}: {counted(told['images'], 'image')}, {sizes[0]:,} to {sizes[1]:,} predictors"
 

@@ -214,7 +214,9 @@ def registers(names: Sequence[str], lengths: Sequence[NDArray[Any]], profiles: S
     for at, each in enumerate(lengths):
         for register in range(each.shape[1]):
             jitter = np.random.default_rng(register).uniform(-0.3, 0.3, len(each))
-            norms.plot(place + jitter, each[:, register], ".", color=colour(at), markersize=1.5, alpha=0.4)
+            norms.plot(
+                place + jitter, each[:, register], ".", color=colour(at), markersize=1.5, alpha=0.4, rasterized=True
+            )
             ticks.append((place, register))
             place += 1
         place += each.shape[1] > 0
@@ -252,7 +254,16 @@ def scatters(
         for column, values in enumerate(networks):
             axis = grid[row, column]
             if values is not None:
-                axis.plot(x[column], values, ".", color=colour(column), markersize=4, alpha=0.5, markeredgewidth=0)
+                axis.plot(
+                    x[column],
+                    values,
+                    ".",
+                    color=colour(column),
+                    markersize=4,
+                    alpha=0.5,
+                    markeredgewidth=0,
+                    rasterized=True,
+                )
             else:
                 _nothing(axis)
             axis.set_title(f"{names[column]}: {texts[row][column]}", fontsize=9)

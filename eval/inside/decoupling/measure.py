@@ -138,6 +138,8 @@ def cosine(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _known(read: Tensor, weights: Tensor, registers: int) -> Tensor:
-    patches = read[:, 1 + registers :]
-    weighted = torch.einsum("bn,bnd->bd", weights.float() / weights.float().sum(-1, keepdim=True), patches)
+    patches, weights = read[:, 1 + registers :], weights.float()
+    # Where nothing is read from patches, their weighted mean is 0 and tells nothing.
+    weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    weighted = torch.einsum("bn,bnd->bd", weights, patches)
     return torch.cat([torch.stack([weighted, patches.mean(1), read[:, 0]], dim=1), read[:, 1 : 1 + registers]], dim=1)

@@ -306,9 +306,9 @@ def _under(cosines: NDArray[Any], maps: NDArray[Any]) -> list[str]:
     """Under each map: how uneven it is, and the cosine."""
     said = []
     for cosine, each in zip(cosines, maps, strict=True):
-        even = each / each.mean()
         told = number(float(cosine)) if np.isfinite(cosine) else "–"
-        said.append(f"cosine {told}\n{even.min():.2g} to {even.max():.2g} × the mean")
+        even = f"{each.min() / each.mean():.2g} to {each.max() / each.mean():.2g} × the mean" if each.any() else "all 0"
+        said.append(f"cosine {told}\n{even}")
     return said
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.inside.decoupling.cka import Cka, Moments, jackknife, total
+from eval.inside.decoupling.cka import CONSTANT, Cka, Moments, jackknife, total
 from eval.inside.decoupling.clutter import MEASURES, rank_correlation
 from eval.inside.decoupling.measure import ROW
 from eval.inside.decoupling.oneshot import TOPS, class_score
@@ -99,9 +99,12 @@ def one_shot(table: Table, kinds: Sequence[str]) -> dict[str, Any]:
 
 
 def rebuild(table: Table, device: torch.device) -> dict[str, Any] | None:
-    """D3: R² of the final CLS from each of SOURCES, and what each source alone knows; None for too few images."""
-    count = len(table.final)
-    if count < FEWEST:
+    """D3: R² of the final CLS from each of SOURCES, and what each source alone knows.
+
+    None for too few images, and where CLS is the same in all.
+    """
+    count, final = len(table.final), table.final.double()
+    if count < FEWEST or final.var(0, correction=0).sum() <= CONSTANT * final.square().sum(1).mean():
         return None
     known = table.known.to(device)
     sources = dict(zip(("weighted", "mean", "previous"), known[:, :3].unbind(1), strict=True))

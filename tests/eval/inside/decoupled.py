@@ -30,7 +30,7 @@ def random_network(seed: int = 0, **options: Any) -> VisionTransformer:
 
 
 def reading(what: str, registers: int = 2, **options: Any) -> VisionTransformer:
-    """A network whose every token looks only at `what` in all blocks: registers, patches or cls; or alike at all."""
+    """A network whose tokens look only at `what` in the last block: registers, patches or cls; or alike at all."""
     model = random_network(num_registers=registers, **options)
     with torch.no_grad():
         _flag(model, {"cls": 0, "registers": 1, "patches": 2}.get(what))
@@ -48,17 +48,17 @@ def _flag(model: VisionTransformer, wanted: int | None) -> None:
     model.patch_embed.proj.bias[:3] = torch.tensor([0.0, 0.0, FLAG])  # type: ignore[index]
     for block in model.blocks:
         assert isinstance(block, Block)
-        block.norm1.weight.fill_(1)
-        block.norm1.bias.zero_()
-        first = torch.arange(0, DIM, DIM // model.num_heads)  # channel of each head
-        block.attn.qkv.weight[: 2 * DIM] = 0
-        block.attn.qkv.bias[: 2 * DIM] = 0
-        block.attn.qkv.bias[first] = 200.0
-        if wanted is not None:
-            block.attn.qkv.weight[DIM + first, wanted] = 10.0
         for layer in (block.attn.proj, block.mlp.fc2):  # what a token is stays what it is
             layer.weight[:3] = 0
             layer.bias[:3] = 0
+    block.norm1.weight.fill_(1)
+    block.norm1.bias.zero_()
+    first = torch.arange(0, DIM, DIM // model.num_heads)  # channel of each head
+    block.attn.qkv.weight[: 2 * DIM] = 0
+    block.attn.qkv.bias[: 2 * DIM] = 0
+    block.attn.qkv.bias[first] = 200.0
+    if wanted is not None:
+        block.attn.qkv.weight[DIM + first, wanted] = 10.0
 
 
 def pictures(count: int, seed: int = 0, size: int = SIZE) -> Tensor:

@@ -1,0 +1,174 @@
+"""The whole experiment on networks whose answers are known, told on a page, by one process and by two."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from decoupled import random_network, reading, write
+from distributed import run_ranks
+from evaluating import run_suite, surroundings, write_classes, write_data
+
+from dinoreg.config import ConfigError
+from dinoreg.parallel.mesh import Ranks
+from eval.backbone import open_backbone
+from eval.inside.decoupling import derived, parts
+from eval.inside.decoupling.shown import findings
+from eval.inside.finding import Album, Seen
+from eval.report.read import read_evaluation
+from eval.results import Result, write_result
+
+WORDS = ["photos=3", "batch=8", "draws=2", "zoom=1"]
+
+
+def measured(tmp_path: Path, data: Path, weights: Path, *words: str, ranks: Ranks | None = None) -> Result:
+    return run_suite("decoupling", open_backbone(weights), surroundings(tmp_path, data, ranks), *WORDS, *words)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images, and networks that read everything, registers only, and without registers."""
+    folder = tmp_path_factory.mktemp("decoupling")
+    write_data(folder / "data", 6, 12)
+    write(folder / "all.safetensors", random_network(num_registers=2))
+    write(folder / "registers.safetensors", reading("registers"))
+    write(folder / "none.safetensors", random_network(num_registers=0))
+    return folder
+
+
+def details(result: Result) -> dict[str, Any]:
+    return result.details
+
+
+def test_a_network_whose_cls_reads_only_registers(folder: Path, tmp_path: Path) -> None:
+    result = measured(tmp_path, folder / "data", folder / "registers.safetensors")
+    assert next(iter(result.scores)) == "attention_patches"
+    assert result.scores["attention_patches"].value == pytest.approx(0, abs=1e-6)
+    assert result.scores["attention_registers"].value == pytest.approx(100, abs=1e-4)
+    assert result.scores["cosine_registers"].value == pytest.approx(1, abs=1e-6)
+    assert result.scores["cka_registers"].value == pytest.approx(1, abs=1e-9)
+    assert details(result)["clutter"]["registers"]["mean"]["value"] == pytest.approx(0, abs=1e-6)
+    shots = details(result)["one_shot"]
+    for top in (1, 5):
+        assert shots[f"branch/registers/top{top}"]["value"] == shots[f"branch/whole/top{top}"]["value"]
+
+
+def test_a_network_without_registers_says_nothing_of_them(folder: Path, tmp_path: Path) -> None:
+    result = measured(tmp_path, folder / "data", folder / "none.safetensors")
+    told = details(result)
+    assert not any("registers" in name for name in result.scores)
+    assert told["longest"] is None and "registers" not in told["clutter"]
+    assert told["layers"]["share_registers"] == {"mean": [None] * 3, "quantiles": [None] * 3, "defined": [0] * 3}
+    assert not any("registers" in name for name in told["cka"]["last"])
+    assert not any("registers" in name for name in told["one_shot"])
+    assert told["rebuilt"] is not None and "registers" not in told["rebuilt"]["unique"]
+
+
+def test_figures_are_those_of_the_tokens_all_held_at_once(folder: Path, tmp_path: Path) -> None:
+    """The last block by hand, in fp64, with n x n kernels."""
+    weights = folder / "all.safetensors"
+    result = measured(tmp_path, folder / "data", weights)
+    told = details(result)["cka"]
+    patches, whole = parts_by_hand(folder, tmp_path, weights)
+    centre = torch.eye(len(whole)).double() - 1 / len(whole)
+    k, l = (centre @ each @ each.T @ centre for each in (patches, whole))
+    assert told["last"]["patches"]["plain"]["value"] == pytest.approx(
+        float((k * l).sum() / (k.norm() * l.norm())), rel=1e-4
+    )
+    cosines = torch.nn.functional.cosine_similarity(patches, whole)
+    assert result.scores["cosine_patches"].value == pytest.approx(float(cosines.mean()), rel=1e-4)
+    assert told["blocks"] == [0, 1, 2]
+    low, high = told["last"]["patches"]["plain"]["interval"]
+    assert low < told["last"]["patches"]["plain"]["value"] < high
+
+
+def parts_by_hand(folder: Path, tmp_path: Path, weights: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    from eval.inside.look import Look, LookConfig
+
+    backbone = open_backbone(weights)
+    backbone.to("cpu", torch.float64)
+    look = Look(backbone, LookConfig(zoom=1), surroundings(tmp_path, folder / "data"))
+    patches, whole = [], []
+    for images in look.through(lambda batch: batch.images, "images"):
+        q, k, v = backbone.qkv(images.double(), -1)
+        weights_ = (q[:, :, :1] @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1)
+        block: Any = backbone.model.blocks[-1]
+        for kept, into in ((slice(3, None), patches), (slice(None), whole)):
+            read = (weights_[..., kept] @ v[:, :, kept])[:, :, 0].flatten(1)
+            into.append(block.ls1(read @ block.attn.proj.weight.T))
+    return torch.cat(patches), torch.cat(whole)
+
+
+def test_images_without_labels_leave_out_what_needs_them(folder: Path, tmp_path: Path) -> None:
+    write_classes(tmp_path / "plain", 8)
+    result = measured(tmp_path, tmp_path / "plain", folder / "all.safetensors", "layers=[0]", "renormalise=true")
+    assert details(result)["one_shot"] is None
+    assert any("without labels" in note for note in result.notes)
+    assert details(result)["cka"]["blocks"] == [0, 2]
+    assert details(result)["rebuilt"]["images"] == 32
+
+
+def test_an_unknown_layer_is_told_in_one_line(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="3 blocks"):
+        measured(tmp_path, folder / "data", folder / "all.safetensors", "layers=[3]")
+
+
+def test_fewer_rows_for_the_regressions_are_drawn_evenly(folder: Path, tmp_path: Path) -> None:
+    result = measured(tmp_path, folder / "data", folder / "all.safetensors", "ridge_images=24")
+    assert details(result)["images"] == 48 and details(result)["rebuilt"]["images"] == 24
+
+
+def test_one_network_or_three_are_told_side_by_side(folder: Path, tmp_path: Path) -> None:
+    seen = []
+    for name in ("all", "registers", "none"):
+        weights = folder / f"{name}.safetensors"
+        result = measured(tmp_path, folder / "data", weights)
+        place = write_result(tmp_path / name, result, open_backbone(weights), weights, 1.0)
+        assert "NaN" not in place.read_text() and json.loads(place.read_text())["details"]["images"] == 48
+        seen.append(Seen(name, read_evaluation(place)))
+    album = Album(tmp_path / "page")
+    found = findings(seen, album)
+    assert [each.number for each in found] == [f"L{at}" for at in range(1, 9)] + ["D1", "D3", "D7"]
+    for finding in found:
+        assert all((tmp_path / "page" / each.png).stat().st_size > 5000 for each in finding.pictures)
+        assert all(len(row) == len(finding.head) for row in finding.rows)
+        assert "nan" not in f"{finding.seen} {finding.rows}".lower()
+        assert "48" in finding.basis or "photos" in finding.basis
+    alone = [tell(seen[2:], album) for tell in (parts.tell_longest, parts.tell_cka, derived.tell_norms)]
+    assert not alone[0].pictures and alone[0].rows[0][1:] == ["–"] * 8
+    assert ["none", "registers", *["–"] * 5] in alone[1].rows
+    assert alone[2].rows[0][3] == "–"
+
+
+def told_by(ranks: Ranks, folder: Path, weights: Path) -> tuple[Any, Any]:
+    result = measured(folder / f"rank{ranks.rank}", weights.parent / "data", weights, "layers=[0,1]", ranks=ranks)
+    return {name: score.plain() for name, score in result.scores.items()}, result.details
+
+
+def test_two_processes_find_what_one_finds(folder: Path, tmp_path: Path) -> None:
+    weights = folder / "all.safetensors"
+    (first, details_), (second, _) = run_ranks(told_by, 2, tmp_path, weights)
+    alone, alone_details = told_by(Ranks.alone(), tmp_path, weights)
+    assert_alike(first, alone)
+    assert_alike(second, alone)
+    assert_alike(details_, alone_details)
+
+
+def assert_alike(one: Any, other: Any) -> None:
+    """Nested results, to the rounding of sums."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_alike(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for each in zip(one, other, strict=True):
+            assert_alike(*each)
+    elif isinstance(one, float):
+        assert math.isclose(one, other, rel_tol=1e-4, abs_tol=1e-6)
+    else:
+        assert one == other
