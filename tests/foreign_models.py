@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-_declarations: list[torch.library.Library] = []  # a declaration lives as long as its Library
-
-
-def allow_torchvision() -> None:
-    """Make `import torchvision` pass beside a torch without its C++ operators; timm and transformers import it."""
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        library = torch.library.Library("torchvision", "DEF")
-        for operator in ("nms", "qnms"):
-            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _declarations.append(library)
-    except ImportError:
-        pass
+from benchmarks.foreign import allow_torchvision
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
