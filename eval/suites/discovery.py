@@ -17,15 +17,16 @@ from eval.boxes.opening import open_boxes
 from eval.compute import Precision, resolve_precision
 from eval.images import draw_evenly
 from eval.inside.discovery.images import Sight, choose_short
-from eval.inside.discovery.judging import Verdict, draw_tuning
+from eval.inside.discovery.judging import Verdict, draw_tuning, standing_out
 from eval.inside.discovery.lost import COMPANY
 from eval.inside.discovery.photos import as_arrays, look_at
 from eval.inside.discovery.search import Outcome, Search
-from eval.inside.discovery.sweep import Sweep
+from eval.inside.discovery.sweep import Scale, Sweep
 from eval.results import Result
 from eval.suite import Context
 
-# As multiples of the patches' mean squared length: from nothing to as much as patches could agree at the most.
+# As multiples of the patches' mean squared length: from nothing to as much as patches could agree at the most. A bias
+# above 0 would make more patches agree, and boxes grow until they are the whole image.
 BIASES = [0.0, -0.01, -0.02, *(round(-0.05 * step, 2) for step in range(1, 20))]
 MOST_PATCHES = 6400  # COCO's largest images in patches of 8 pixels
 
@@ -91,9 +92,10 @@ def run(backbone: Backbone, cfg: DiscoveryConfig, context: Context) -> Result:
     )
     search = Search(images, sweep, context, cfg.batch, cfg.max_bad_share)
     tried = list(dict.fromkeys([0.0, *cfg.biases]))
-    lengths = search.lengths() if cfg.bias_unit == "length" else torch.ones(len(blocks), len(cfg.features)).double()
+    scale = search.scale()
+    lengths = scale.lengths if cfg.bias_unit == "length" else torch.ones_like(scale.lengths)
     biases = (lengths[..., None] * torch.tensor(tried, dtype=torch.float64)).float()
-    outcome = search.through(biases)
+    outcome = search.through(biases, scale.cutoffs)
     verdict = Verdict(outcome, draw_tuning(len(images), cfg.tune_share, cfg.seed)[outcome.places])
     protocol = {
         **asdict(cfg),
@@ -104,7 +106,7 @@ def run(backbone: Backbone, cfg: DiscoveryConfig, context: Context) -> Result:
     }
     model = backbone.model.config
     protocol |= {"pos_antialias": model.pos_antialias, "pos_offset": model.pos_offset, "boxes": images.layout}
-    details = _details(verdict, cfg, blocks, biases, tried, lengths)
+    details = _details(verdict, cfg, blocks, biases, tried, scale)
     arrays = _arrays(outcome, verdict)
     if context.ranks.is_main:
         photos = look_at(search, verdict, biases, cfg.photos)
@@ -130,7 +132,7 @@ def _blocks(cfg: DiscoveryConfig, depth: int) -> list[int]:
 
 
 def _details(verdict: Verdict, cfg: DiscoveryConfig, blocks: list[int], biases: Tensor, tried: list[float],
-             lengths: Tensor) -> dict[str, Any]:  # fmt: skip
+             scale: Scale) -> dict[str, Any]:  # fmt: skip
     outcome, count = verdict.outcome, len(verdict.outcome.places)
     inside, seconds = outcome.seconds
     details: dict[str, Any] = {
@@ -141,7 +143,8 @@ def _details(verdict: Verdict, cfg: DiscoveryConfig, blocks: list[int], biases: 
         "features": list(cfg.features),
         "tried": tried,
         "bias_unit": cfg.bias_unit,
-        "squared_lengths": lengths.tolist(),
+        "squared_lengths": scale.lengths.tolist(),
+        "standing_out": standing_out(outcome, scale.cutoffs),
         "floors": {name: int(outcome.floors[:, at].sum()) for at, name in enumerate(("whole", "middle"))},
         "table": verdict.table(blocks, cfg.features),
         "chosen": None,

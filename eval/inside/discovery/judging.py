@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from eval.inside.discovery.corloc import corloc
 from eval.inside.discovery.rules import CENTRED, MINUS_MEAN, PUBLISHED
 from eval.inside.discovery.search import Outcome
+from eval.metrics import bootstrap
 from eval.results import Score
 
 AT_ZERO, AT_MEAN, AT_CENTRED = 0, -2, -1  # places among the ways to set the bias
@@ -85,6 +89,36 @@ class Verdict:
                     }
                 rows.append(row)
         return rows
+
+
+def standing_out(outcome: Outcome, cutoffs: Tensor) -> list[dict[str, Any]]:
+    """For each block: how many patches stand out by their norm, and how far their features lie from the image's mean.
+
+    ratio: for each feature, mean distance of those by the mean distance of all others, with its interval; None where
+    there are no such patches, or no others.
+    """
+    found = []
+    for block, cutoff in enumerate(cutoffs.tolist()):
+        loud, quiet = outcome.loud[:, block], outcome.patches - outcome.loud[:, block]
+        ratios: list[dict[str, float] | None] = []
+        for apart in np.moveaxis(outcome.apart[:, block], 1, 0):
+            sums = torch.from_numpy(np.column_stack([apart, loud, quiet]).astype(np.float64))
+            total = sums.sum(0)
+            if min(total[2:].min(), total[1]) <= 0:
+                ratios.append(None)
+                continue
+            low, high = bootstrap(sums, _ratio)
+            ratios.append({"value": float(_ratio(total[None])), "low": low, "high": high})
+        # Where few images have such patches, some draws of images have none.
+        finite = [each if each and all(map(math.isfinite, each.values())) else None for each in ratios]
+        found.append({"cutoff": cutoff, "patches": int(loud.sum()), "of": int(outcome.patches.sum()),
+                      "images": int((loud > 0).sum()), "ratio": finite})  # fmt: skip
+    return found
+
+
+def _ratio(sums: Tensor) -> Tensor:
+    """(R, 4): distances of both kinds, numbers of both."""
+    return (sums[:, 0] / sums[:, 2]) / (sums[:, 1] / sums[:, 3])
 
 
 def draw_tuning(count: int, share: float, seed: int) -> NDArray[np.bool_]:

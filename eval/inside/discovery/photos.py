@@ -64,11 +64,14 @@ def _look(search: Search, verdict: Verdict, biases: Tensor, place: int, pixels: 
     height, width = pixels.shape[1:]
     grid = sweep.sight.grid((height, width))
     told: dict[tuple[int, int], Maps] = {}
-    for block, feature, patches in sweep.features(pixels[None].to(search.context.device)):
-        if block in (0, shown.block):
-            told[block, feature] = sweep.maps(patches, biases[block, feature].to(patches.device))
-    factor = min(1.0, SIDE / max(height, width))
-    drawn = max(1, round(height * factor)), max(1, round(width * factor))
+    for each in sweep.features(pixels[None].to(search.context.device)):
+        if each.block in (0, shown.block):
+            own = biases[each.block, each.kind].to(each.patches.device)
+            told[each.block, each.kind] = sweep.maps(each.patches, own)
+    photo = search.images.read(place)
+    size = photo.shape[1:]
+    factor = min(1.0, SIDE / max(size))
+    drawn = max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
     settings = {"published": Choice(0, 0, AT_ZERO), "chosen": shown}
     by_feature = {name: _for_feature(verdict, shown, at) for at, name in enumerate(sweep.names)}
     boxes = {
@@ -76,10 +79,9 @@ def _look(search: Search, verdict: Verdict, biases: Tensor, place: int, pixels: 
         for name, choice in (settings | by_feature).items()
     }
     truth = search.images.entries[place].boxes
-    own = verdict.outcome.places.tolist().index(place)
-    size = search.images.read(place).shape[1:]
+    row = verdict.outcome.places.tolist().index(place)
     scale = np.array([drawn[1] / size[1], drawn[0] / size[0]] * 2)
-    right = {name: bool(verdict.right(choice)[own]) for name, choice in settings.items()}
+    right = {name: bool(verdict.right(choice)[row]) for name, choice in settings.items()}
     about = {"name": search.images.entries[place].file.name, "truth": (truth * scale).round(1).tolist(), "right": right}
     about |= {"found": boxes, "seen": [height, width], "patch": sweep.sight.patch}
     maps = told[shown.block, shown.feature]
@@ -88,7 +90,7 @@ def _look(search: Search, verdict: Verdict, biases: Tensor, place: int, pixels: 
     expansions = [
         _on_grid(told[choice.block, choice.feature].expansion, choice.bias, grid) for choice in by_feature.values()
     ]
-    image = resize(pixels, drawn).permute(1, 2, 0).contiguous().numpy()
+    image = resize(photo, drawn).permute(1, 2, 0).contiguous().numpy()
     return Photo(about, image, np.stack(parts), np.stack(expansions))
 
 

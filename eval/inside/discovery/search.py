@@ -16,10 +16,11 @@ from eval.boxes.boxed import BoxedImages
 from eval.compute import Fitting, load
 from eval.inside.discovery.corloc import floors, hits, in_pixels
 from eval.inside.discovery.images import Sized, buckets, by_size
-from eval.inside.discovery.sweep import Found, Sweep
+from eval.inside.discovery.sweep import Found, Scale, Sweep
 from eval.suite import Context
 
 MEASURED = 16  # images on which the lengths of features are measured, for the biases that are tried
+STANDS_OUT = 3  # standard deviations above the mean norm, the rule of test-time registers (Jiang et al., 2025)
 LARGEST = 2**22  # pixels of an image, for the memory that workers share
 
 
@@ -30,7 +31,8 @@ class Outcome:
     places: int64 (n,), in the set. right: bool (n, L, F, S), whether the box is; outside: bool, alike, whether the
     seed was outside of its mask; areas: fp32, alike, the share of the image that the box covers. floors: bool (n, 2),
     whether boxes drawn without looking are right. empty: bool (n,), images without a true box. patches: int64 (n,), as
-    which they are seen. seconds: of this rank, in the network and LOST, and all of them.
+    which they are seen. apart: fp64 (n, L, F, 2), loud: int64 (n, L), as in Found. seconds: of this rank, in the
+    network and LOST, and all of them.
     """
 
     places: NDArray[np.int64]
@@ -40,6 +42,8 @@ class Outcome:
     floors: NDArray[np.bool_]
     empty: NDArray[np.bool_]
     patches: NDArray[np.int64]
+    apart: NDArray[np.float64]
+    loud: NDArray[np.int64]
     seconds: tuple[float, float] = (0.0, 0.0)
 
 
@@ -54,6 +58,8 @@ class _Row:
     floors: NDArray[np.bool_]
     empty: bool
     patches: int
+    apart: NDArray[np.float64]
+    loud: NDArray[np.int64]
 
 
 @dataclass
@@ -67,26 +73,28 @@ class Search:
     max_bad_share: float
     bad: dict[str, str] = field(default_factory=dict)
 
-    def lengths(self) -> Tensor:
-        """The mean squared length of patches, fp64 (L, F), to three digits, of a few images.
-
-        To so few that it is the same for any number of ranks.
-        """
+    def scale(self) -> Scale:
+        """Measured on a few images, to so few digits that it is the same for any number of ranks."""
         ranks, sized = self.context.ranks, Sized(self.images, self.sweep.sight)
         places = np.unique(np.linspace(0, len(self.images) - 1, MEASURED).round().astype(int))
-        total = torch.zeros(len(self.sweep.blocks), len(self.sweep.names), dtype=torch.float64)
+        total = torch.zeros(len(self.sweep.blocks), len(self.sweep.names) + 2, dtype=torch.float64)
         count = torch.zeros(1, dtype=torch.float64)
         for place in places[ranks.rank :: ranks.world]:
             pixels, size = sized[int(place)]
             if all(size):
-                total += Fitting(1, self.context.say)(self.sweep.lengths, pixels[None].to(self.context.device))[0]
+                total += Fitting(1, self.context.say)(self.sweep.moments, pixels[None].to(self.context.device))[0]
                 count += 1
         summed = ranks.sum_(torch.cat([total.flatten(), count]).to(self.context.device)).cpu()
         mean = (summed[:-1] / summed[-1].clamp(min=1)).view_as(total)
-        return torch.tensor([[float(f"{value:.3g}") for value in row] for row in mean.tolist()], dtype=torch.float64)
+        norm, square = mean[:, -2:].unbind(1)
+        spread = (square - norm.square()).clamp(min=0).sqrt()
+        return Scale(_rounded(mean[:, :-2]), _rounded(norm + STANDS_OUT * spread))
 
-    def through(self, biases: Tensor) -> Outcome:
-        """LOST on every image. biases: fp32 (L, F, S - 2). Raises ConfigError where too many cannot be read."""
+    def through(self, biases: Tensor, cutoffs: Tensor) -> Outcome:
+        """LOST on every image. biases: fp32 (L, F, S - 2); cutoffs: fp64 (L,), see Scale.
+
+        Raises ConfigError where too many images cannot be read.
+        """
         ranks = self.context.ranks
         batches = buckets(self.images, self.sweep.sight, self.batch)[ranks.rank :: ranks.world]
         sized = Sized(self.images, self.sweep.sight)
@@ -97,7 +105,7 @@ class Search:
         with self.context.progress("looking for objects", len(self.images)) as advance:
             for places, items in zip(batches, loaded, strict=True):
                 begun = time.perf_counter()
-                rows += self._look(places, items, biases, fitting)
+                rows += self._look(places, items, biases, cutoffs, fitting)
                 inside += time.perf_counter() - begun
                 advance(len(places) * ranks.world)  # the others are about as far
         seconds = inside, time.perf_counter() - start
@@ -106,28 +114,34 @@ class Search:
         return _outcome(sorted(gathered, key=lambda row: row.place), seconds)
 
     def _look(self, places: Sequence[int], items: Sequence[tuple[Tensor, Sequence[Tensor]]], biases: Tensor,
-              fitting: Fitting) -> list[_Row]:  # fmt: skip
+              cutoffs: Tensor, fitting: Fitting) -> list[_Row]:  # fmt: skip
         """items: pixels (1, 3, h, w) and the sizes of the images, as a batch of one comes from the loader."""
         good = [at for at, (_, (height, width)) in enumerate(items) if int(height) and int(width)]
-        biases = biases.to(self.context.device)
+        biases, cutoffs = biases.to(self.context.device), cutoffs.float().to(self.context.device)
         rows = []
         for which, pixels in by_size([items[at][0][0] for at in good]):
             pixels = pixels.to(self.context.device, non_blocking=True)
-            pieces = fitting(lambda piece: self.sweep(piece, biases), pixels)
-            found = Found(*(np.concatenate([vars(piece)[name] for piece in pieces]) for name in ("boxes", "outside")))
-            for at, boxes, outside in zip((good[number] for number in which), found.boxes, found.outside, strict=True):
+            pieces = fitting(lambda piece: self.sweep(piece, biases, cutoffs), pixels)
+            found = {name: np.concatenate([vars(piece)[name] for piece in pieces]) for name in vars(pieces[0])}
+            for row, number in enumerate(which):
+                at = good[number]
                 size = int(items[at][1][0]), int(items[at][1][1])
                 seen = pixels.shape[2], pixels.shape[3]
-                rows.append(self._judge(places[at], boxes, outside, seen, size))
+                one = Found(**{name: values[row] for name, values in found.items()})
+                rows.append(self._judge(places[at], one, seen, size))
         return rows
 
-    def _judge(self, place: int, boxes: NDArray[np.int32], outside: NDArray[np.bool_], seen: tuple[int, int],
-               size: tuple[int, int]) -> _Row:  # fmt: skip
+    def _judge(self, place: int, one: Found, seen: tuple[int, int], size: tuple[int, int]) -> _Row:
+        """one: what is found in one image, without the first axis; seen, size: (height, width)."""
         truth = self.images.entries[place].boxes
-        found = in_pixels(boxes, self.sweep.sight.patch, seen, size)
+        found = in_pixels(one.boxes, self.sweep.sight.patch, seen, size)
         areas = (found[..., 2:] - found[..., :2]).prod(-1) / (size[0] * size[1])
         down, across = self.sweep.sight.grid(seen)
-        return _Row(place, hits(found, truth), outside, areas, hits(floors(size), truth), not len(truth), down * across)
+        without_looking = hits(floors(size), truth)
+        return _Row(
+            place, hits(found, truth), one.outside, areas, without_looking, not len(truth), down * across, one.apart,
+            one.loud,
+        )  # fmt: skip
 
     def _leave_out(self, rows: Sequence[_Row]) -> None:
         """Names the images that cannot be read. Raises ConfigError where they are too many."""
@@ -149,3 +163,8 @@ class Search:
 def _outcome(rows: Sequence[_Row], seconds: tuple[float, float]) -> Outcome:
     fields = {name: np.array([vars(row)[name] for row in rows]) for name in vars(rows[0])}
     return Outcome(fields.pop("place"), **fields, seconds=seconds)
+
+
+def _rounded(values: Tensor) -> Tensor:
+    """To three digits that count."""
+    return torch.tensor([float(f"{value:.3g}") for value in values.flatten().tolist()]).double().view_as(values)

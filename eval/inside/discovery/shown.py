@@ -7,7 +7,7 @@ from typing import Any
 
 from eval.inside.discovery.pictures import NAMES, draw_curves, draw_features, draw_steps
 from eval.inside.discovery.rules import CENTRED, MINUS_MEAN, PUBLISHED
-from eval.inside.finding import Album, Finding, Seen, counted
+from eval.inside.finding import Album, Finding, Seen, counted, percent
 from eval.metrics import share_interval
 from eval.report.paired import difference
 
@@ -52,6 +52,7 @@ def _scores(seen: Sequence[Seen], album: Album) -> Finding:
             "Intervals are Wilson's, for 95 %. An image without a box counts as not found.",
             "Boxes drawn without looking say what a score is worth: where objects are large, a box around the middle "
             "of the image is often right.",
+            *(f"{each.name}: {_speed(each)}" for each in seen),
         ],
     )
 
@@ -66,7 +67,8 @@ def _steps(seen: Sequence[Seen], album: Album) -> Finding:
         "common disturb that, unless a bias takes it away. Which layer, which feature, which bias?",
         " ".join(_told_steps(each) for each in seen),
         "Figure 13 draws these maps for DeiT-III, OpenCLIP and DINOv2, with and without registers. Figure 14: in "
-        "OpenCLIP without registers, queries and keys have artifacts and values have none. The paper took values for "
+        "OpenCLIP without registers, queries and keys have artifacts and values have none, as if values did not see "
+        "the patches that stand out. The paper took values for "
         "DeiT-III and OpenCLIP, and keys for DINOv2.",
         "; ".join(f"{each.name}: {_basis(each)}" for each in seen) + ".",
         pictures,
@@ -82,6 +84,9 @@ def _steps(seen: Sequence[Seen], album: Album) -> Finding:
             "authors' code leaves that open.",
             "A bias can make a seed disagree with itself. Then its own patch is the box, where the authors' code would "
             "stop; how often that happened is said above.",
+            "Only biases below 0 are tried: above 0 more patches agree, and boxes grow towards the whole image.",
+            "A patch stands out if its norm is above the mean by three standard deviations or more, which also some "
+            "patches of a network without artifacts do.",
             "Biases are multiples of the patches' mean squared length, measured on a few images without labels.",
         ],
     )  # fmt: skip
@@ -140,8 +145,24 @@ def _told_steps(seen: Seen) -> str:
         area = float(seen.arrays["areas"][0, 0, 0])
     return said + (
         f"The box covers {100 * area:.0f} % of the image on average, and the seed disagreed with itself in "
-        f"{counted(outside, 'image')}."
+        f"{counted(outside, 'image')}. {_told_standing_out(details)}"
     )
+
+
+def _told_standing_out(details: dict[str, Any]) -> str:
+    """Whether patches with large norms are far from the others in some features and not in others."""
+    first = details["standing_out"][0]
+    where = f"at the entrance of block {details['blocks'][0] + 1}"
+    if not first["patches"]:
+        return f"No patch stands out by its norm {where} (cutoff {first['cutoff']:g})."
+    ratios = [
+        f"{NAMES[name]} {ratio['value']:.2g} times ({ratio['low']:.2g} to {ratio['high']:.2g})"
+        for name, ratio in zip(details["features"], first["ratio"], strict=True)
+        if ratio
+    ]
+    said = f"{percent(first['patches'] / first['of'])} of the patches stand out by their norm {where}"
+    how = "; from the mean of their image they are as far as the others, " + ", ".join(ratios) if ratios else ""
+    return f"{said} (beyond {first['cutoff']:g}){how}."
 
 
 def _basis(seen: Seen) -> str:
@@ -152,6 +173,15 @@ def _basis(seen: Seen) -> str:
     if chosen := details["chosen"]:
         said += f"; chosen on {chosen['tuning'][1]:,} of them, judged on {chosen['tested'][1]:,}"
     return said
+
+
+def _speed(seen: Seen) -> str:
+    details, speed = seen.evaluation.details, seen.evaluation.details["speed"]
+    settings = seen.arrays["right"].size
+    return (
+        f"{details['images'] / max(speed['seconds'], 1e-3):.3g} images a second, each with {settings:,} settings at "
+        f"once; {100 * speed['share_computing']:.0f} % of the time was the network's and LOST's, the rest was waiting."
+    )
 
 
 def _row(seen: Seen) -> list[str]:

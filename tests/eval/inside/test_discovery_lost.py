@@ -90,8 +90,8 @@ def test_equal_to_a_slow_one_on_features_of_a_photo(shared_data: Path) -> None:
     for place in (0, 1):
         pixels = Sized(open_boxes(Place(shared_data / "boxes_raccoon")), sweep.sight)[place][0]
         grid = sweep.sight.grid((pixels.shape[1], pixels.shape[2]))
-        for _, _, patches in sweep.features(pixels[None]):
-            features = centre(patches.double())
+        for each in sweep.features(pixels[None]):
+            features = centre(each.patches.double())
             maps = expand(gram(features), torch.zeros(1, 1).double())
             degrees, seed, _, box, _ = slow_lost(features[0].numpy(), grid, 0.0, 100)
             assert maps.degrees[0, 0].tolist() == degrees and int(maps.seeds) == seed

@@ -41,7 +41,7 @@ def told(seen: list[Seen], folder: Path) -> dict[str, Finding]:
 
 
 def test_two_networks_side_by_side(data: Path, tmp_path: Path) -> None:
-    seen = [measured(tmp_path, data, offset=20.0), measured(tmp_path, data, registers=4)]
+    seen = [measured(tmp_path, data, "photos=2", offset=20.0), measured(tmp_path, data, "photos=2", registers=4)]
     found = told(seen, tmp_path)
     assert list(found) == ["1.9", "2"] and len(found["2"].pictures) == 2
     scores = found["1.9"]
@@ -51,6 +51,7 @@ def test_two_networks_side_by_side(data: Path, tmp_path: Path) -> None:
     assert scores.rows[1][:2] == ["4 registers", "100.0 (67.6–100.0)"]
     assert "8 images" in scores.basis and "chosen on 4 of them, judged on 4" in scores.basis
     assert not any("published" in row[0] for row in scores.rows)
+    assert "No patch stands out" in found["2"].seen or "of the patches stand out by their norm" in found["2"].seen
     assert "best were the queries of block 2" in found["2"].seen or "best were the keys of block 2" in found["2"].seen
 
 
@@ -70,6 +71,7 @@ def test_published_figures_stand_beside_scores_on_the_same_images(data: Path, tm
 
 def test_networks_that_were_shown_other_images_are_not_compared(data: Path, tmp_path: Path) -> None:
     other = write_objects(tmp_path / "other", 6, seed=1)
-    seen = [measured(tmp_path, data, registers=0), measured(tmp_path, other, registers=4)]
+    words = ("photos=0", "features=[k]")
+    seen = [measured(tmp_path, data, *words, registers=0), measured(tmp_path, other, *words, registers=4)]
     found = told(seen, tmp_path)
     assert "was not shown the same images" in found["1.9"].seen
