@@ -77,6 +77,11 @@ def sheet(rows: int, columns: int, text: float = 0.18) -> tuple[Figure, NDArray[
     return figure, axes
 
 
+def fitting(text: str, width: float) -> float:
+    """The size of letters, in points, at which a line is no wider than so many inches."""
+    return max(5.0, min(10.0, 72 * width / (0.6 * max(1, len(text)))))
+
+
 def draw_photo(axes: Axes, photo: NDArray[np.uint8]) -> None:
     """uint8 (3, H, W), without ticks."""
     axes.imshow(photo.transpose(1, 2, 0))
@@ -84,8 +89,8 @@ def draw_photo(axes: Axes, photo: NDArray[np.uint8]) -> None:
 
 
 def draw_map(axes: Axes, weights: NDArray[np.floating], colours: str = "magma") -> None:
-    """A map (h, w) without ticks, from its lowest value to nearly its highest."""
-    axes.imshow(weights, cmap=colours, vmin=float(weights.min()), vmax=float(np.quantile(weights, BRIGHTEST)))
+    """A map (h, w) of weights without ticks, from 0, so that an even one looks even, to nearly its highest."""
+    axes.imshow(weights, cmap=colours, vmin=0, vmax=float(np.quantile(weights, BRIGHTEST)))
     bare(axes)
 
 

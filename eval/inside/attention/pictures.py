@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval.inside.finding import Album, Picture, Seen
-from eval.inside.maps import MOST_PHOTOS, WIDTH, bare, draw_map, draw_photo, sheet
+from eval.inside.maps import BRIGHTEST, MOST_PHOTOS, WIDTH, bare, draw_map, draw_photo, fitting, sheet
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,14 +37,15 @@ def cls_maps(seen: Sequence[Seen], album: Album) -> Picture:
             mine[0].set_xlabel(_range(weights), fontsize=7, labelpad=2)
             if "overlay" in each_has:
                 _overlay(mine[1], each.arrays["photos"][number], weights)
-        axes[0][1 + at * len(each_has)].set_title(each.name, fontsize=10)
+        title = axes[0][1 + at * len(each_has)]
+        title.set_title(each.name, fontsize=fitting(each.name, WIDTH / len(axes[0])))
         if "overlay" in each_has:
             axes[0][2 + at * len(each_has)].set_title("over the photo", fontsize=8, color="0.4")
     axes[0][0].set_title("photo", fontsize=10)
     marked = any(each.arrays["photo_outliers"][: len(photos)].any() for each in seen)
     caption = (
-        "What the class token attends to, mean over heads. Bright: much; below each map its lowest and highest weight, "
-        "in units of what each patch would get if all got the same."
+        "What the class token attends to, mean over heads. Black is nothing, the brightest is as bright in each map; "
+        "below it its lowest and highest weight, in units of what each patch would get if all got the same."
         + (" Framed: patches that are outliers by their norm." if marked else "")
     )
     return album.save(figure, "attention_cls", caption)
@@ -100,7 +101,7 @@ def average_maps(seen: Sequence[Seen], album: Album) -> Picture:
             cell.set_xlabel(_range(average[token]), fontsize=7, labelpad=2)
         for cell in row[len(rows) :]:
             cell.set_visible(False)
-        row[0].set_ylabel(each.name, fontsize=10)
+        row[0].set_ylabel(each.name, fontsize=fitting(each.name, WIDTH / columns))
     caption = (
         "Attention to each place, averaged over all images and heads: what a token looks at whatever the image shows. "
         "Each map has its own scale; below it the lowest and highest weight, in units of an even one."
@@ -155,7 +156,7 @@ def _overlay(axes: Axes, photo: NDArray[np.uint8], weights: NDArray[np.floating]
     axes.imshow(photo.mean(0), cmap="gray", vmin=0, vmax=255)
     axes.imshow(
         weights, cmap="magma", alpha=0.6, extent=(-0.5, side - 0.5, side - 0.5, -0.5), interpolation="bilinear",
-        vmin=float(weights.min()), vmax=float(np.quantile(weights, 0.99)),
+        vmin=0, vmax=float(np.quantile(weights, BRIGHTEST)),
     )  # fmt: skip
     bare(axes)
 

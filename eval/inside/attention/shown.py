@@ -205,11 +205,7 @@ def _told_average(each: Seen) -> str:
     if patch["reach"] is None or cls["reach"] is None:
         return f"{each.name}: {habits}."
     ratio = patch["reach"] / cls["reach"]
-    local = (
-        "is about as local as CLS"
-        if abs(ratio - 1) < NEARLY
-        else f"is {'more' if ratio < 1 else 'less'} local than CLS"
-    )
+    local = "about as local as" if abs(ratio - 1) < NEARLY else f"{'more' if ratio < 1 else 'less'} local than"
     reach = f"(reach {patch['reach']:.2f} × against {cls['reach']:.2f} ×)"
     return f"{each.name}: {habits}. The patch in the middle is {local} CLS {reach}."
 

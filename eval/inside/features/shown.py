@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from dinoreg.models.maps import component_colours
 from eval.inside.features.measures import SIGMAS
 from eval.inside.finding import COLOURS, Album, Finding, Picture, Seen, counted, percent
-from eval.inside.maps import MOST_PHOTOS, bare, draw_photo, sheet
+from eval.inside.maps import MOST_PHOTOS, WIDTH, bare, draw_photo, fitting, sheet
 from eval.results import Score
 
 if TYPE_CHECKING:
@@ -92,12 +92,17 @@ def _maps(
         draw_photo(row[0], photos[number])
         cells = iter(row[1:])
         for each in seen:
-            for key, way in WAYS:
+            for key, _ in WAYS:
                 cell = next(cells)
                 drawn = draw(cell, each.arrays[key][number])
                 bare(cell)
-                if not number:
-                    cell.set_title(f"{each.name}\n{way}", fontsize=9)
+    width = WIDTH / len(axes[0])
+    for at, each in enumerate(seen):
+        for column, (_, way) in enumerate(WAYS):
+            # The name is over both of its columns.
+            over = "" if column else each.name
+            cell = axes[0][1 + at * len(WAYS) + column]
+            cell.set_title(f"{over}\n{way}", fontsize=min(fitting(way, width), fitting(over, 2 * width)), loc="left")
     axes[0][0].set_title("photo", fontsize=9)
     if drawn is not None and scale:
         bar = figure.colorbar(drawn, ax=axes, location="bottom", shrink=0.35, aspect=40, pad=0.01)

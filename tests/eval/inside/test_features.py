@@ -9,7 +9,7 @@ import pytest
 import torch
 from evaluating import run_suite, surroundings
 from PIL import Image
-from planted import GRID, PATCH, planted_network
+from planted import GRID, PATCH, mark, planted_network, write_planted
 from torch import Tensor
 
 from dinoreg.config import ConfigError
@@ -179,6 +179,19 @@ def test_regions_of_a_photo_are_regions_of_its_map(tmp_path: Path) -> None:
     assert result.scores["first_three_components"].value > 90
     assert result.scores["first_neighbour_correlation"].value > 0.5
     assert result.details["joint"]["first_three"] > 0.9 and result.details["images"] == 5
+
+
+def test_without_the_final_norm_planted_outliers_are_the_first_component(tmp_path: Path) -> None:
+    marked = mark(10, 0.05, seed=3)
+    assert marked.any((1, 2)).all()
+    context = surroundings(tmp_path, write_planted(tmp_path / "photos", marked))
+    backbone = Backbone(planted_network(), "planted")
+    result = run_suite("features", backbone, context, "zoom=1", "map_size=32", "norm=false", "photos=10")
+    assert result.scores["first_explained_by_norm"].value > 99 and result.details["joint"]["of_norm"] > 0.99
+    assert result.details["joint"]["of_place"] < 0.2
+    for name in ("own_maps", "joint_maps"):
+        first = result.arrays[name][..., 0]
+        assert first[marked].min() > 1 > 0.5 > first[~marked].max()
 
 
 def test_tokens_are_those_of_the_block_with_or_without_the_final_norm(tmp_path: Path) -> None:
