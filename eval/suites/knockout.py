@@ -54,7 +54,7 @@ class KnockoutConfig(LookConfig):
 
     @staticmethod
     def quick() -> list[str]:
-        return ["images=200", "train_images=2000", "layers=4", "masked_images=30", "left_out_images=4"]
+        return ["images=100", "train_images=2000", "layers=3", "masked_images=20", "left_out_images=2"]
 
     def check(self) -> None:
         """Raises ConfigError."""

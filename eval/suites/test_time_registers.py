@@ -239,6 +239,7 @@ def _found_details(
         "top_layer": max((each["block"] for each in table), default=None),
         "outliers": int(sums.patches[0]),
         "ratio": _finite(norm[0, detect + 1] / norm[1, detect + 1]),
+        "ratio_entering": _finite(norm[0, 0] / norm[1, 0]),
         "norm_by_block": {"outliers": list(map(_finite, norm[0])), "others": list(map(_finite, norm[1]))},
         "neurons": table,
         "probe": frozen.kind if frozen else None,
@@ -251,13 +252,14 @@ def _finite(value: Tensor) -> float | None:
 
 
 def _notes(sums: Tally, detect: int) -> list[str]:
-    norm = sums.mean_norm[:, detect + 1]
     if not sums.patches[0]:
         return ["no patch is beyond the cutoff: there is nothing to move, and no register was added"]
-    if norm[0] < FEW * norm[1]:
+    ratio = sums.mean_norm[0] / sums.mean_norm[1]
+    entering, told = float(ratio[0]), float(ratio[detect + 1])
+    if told < FEW * max(1, entering):
         return [
-            f"the patches beyond the cutoff are only {float(norm[0] / norm[1]):.2f} times as long as the others: "
-            "no artifacts as in the paper"
+            f"the patches beyond the cutoff are {told:.2f} times as long as the others, and were {entering:.2f} times "
+            "as long when they entered the first block: no artifacts that a block makes"
         ]
     return []
 

@@ -50,7 +50,7 @@ def _edges(seen: Sequence[Seen], album: Album) -> Finding:
         "than the mean, noise or another image's registers.",
         _basis(seen),
         pictures,
-        ("", "cosine of CLS, last block", "all blocks", "accuracy lost, last block", "all blocks"),
+        ("cosine of CLS, points of accuracy lost", *SAID.values()),
         [row for each in seen for row in _edge_rows(each)],
         [
             "cut: the weights that are left are renormalised (the scores are -inf before the softmax), in every head",
@@ -193,16 +193,21 @@ def _points(drop: dict[str, float]) -> str:
 
 
 def _edge_rows(seen: Seen) -> list[list[str]]:
+    """Two rows an edge: in the last block, in all."""
     rows = []
     for edge, name in READ.items():
-        for way in WAYS:
-            found = [_run(seen, edge, way, *span) for span in _ends(seen)]
-            if way != CUT and found[0] is None:
-                continue
-            cosines = ["–" if run is None else f"{run['cosine']['value']:.3f}" for run in found]
-            drops = ["–" if run is None or run["drop"] is None else _points(run["drop"]) for run in found]
-            rows.append([f"{seen.name}: {name}, {SAID[way]}", *cosines, *drops])
+        for span, where in zip(_ends(seen), ("last block", "all blocks"), strict=True):
+            cells = [_cell(_run(seen, edge, way, *span)) for way in WAYS]
+            rows.append([f"{seen.name}: {name}, {where}", *cells])
     return rows
+
+
+def _cell(run: Details | None) -> str:
+    """The cosine, and where there are labels the loss of accuracy."""
+    if run is None:
+        return "–"
+    said = f"{run['cosine']['value']:.3f}"
+    return said if run["drop"] is None else f"{said}, {run['drop']['value']:+.1f}"
 
 
 def _curves_by_edge(seen: Sequence[Seen], album: Album, key: str, label: str, name: str) -> Picture:

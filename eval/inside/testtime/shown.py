@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 PLAIN, ADDED, SILENCED, RANDOM = "as it is", "register added", "neurons silenced", "random neurons moved"
 ROW = 2.9  # inches
-BEFORE = "#888888"
+BEFORE = "#AAAAAA"
+SHORT = {PLAIN: "patches before", ADDED: "after"}
 MOST_NEURONS = 20  # whose activations are drawn
 MOST_PHOTOS = 4
 FEW = 1.5
@@ -67,6 +68,11 @@ def _said(seen: Seen) -> str:
     )
     if details["ratio"] < FEW:
         share += " as the others: these are no artifacts as in the papers"
+    elif details["ratio"] < FEW * details["ratio_entering"]:
+        share += (
+            f" as the others; but they were {details['ratio_entering']:.1f} times as long when they entered the first "
+            "block, so that no block makes them: these are no artifacts as in the papers"
+        )
     else:
         share += f" as the others; they rise in block {details['top_layer'] + 1}"
     moved = (
@@ -149,7 +155,7 @@ def _overview(seen: Sequence[Seen], album: Album) -> Picture:
         _draw_rise(axes[0], each, COLOURS[row % len(COLOURS)])
         _draw_norms(axes[1], each, COLOURS[row % len(COLOURS)])
         _draw_neurons(axes[2], each, COLOURS[row % len(COLOURS)])
-        axes[0].set_title(each.name, loc="left", fontweight="bold", fontsize=10)
+        axes[0].set_ylabel(f"{each.name}\nmean norm of patches")
     for column in (0, 1):
         _same_limits(list(grid[:, column]), column)
     caption = (
@@ -173,8 +179,9 @@ def _draw_rise(axes: Axes, seen: Seen, colour: str) -> None:
         axes.plot(range(len(values)), values, color=style, marker="o", markersize=3, label=name)
     if (top := seen.details["top_layer"]) is not None:
         axes.axvline(float(top) + 1, color="black", linewidth=0.8, linestyle=":")  # type: ignore[arg-type]
-    axes.set(yscale="log", xlabel="after block (0: as they enter)", ylabel="mean norm of patches")
-    axes.legend(frameon=False, fontsize=8)
+    axes.set(yscale="log", xlabel="after block (0: as they enter)")
+    _plain_numbers(axes)
+    _legend(axes)
 
 
 def _draw_norms(axes: Axes, seen: Seen, colour: str) -> None:
@@ -185,7 +192,8 @@ def _draw_norms(axes: Axes, seen: Seen, colour: str) -> None:
             shares[name] = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     for name, style in ((PLAIN, BEFORE), (ADDED, colour)):
         if name in shares:
-            axes.stairs(shares[name][2], edges, color=style, linewidth=1.3, label=f"patches, {name}")
+            width = 3.0 if name == PLAIN else 1.2  # seen also where both are the same
+            axes.stairs(shares[name][2], edges, color=style, linewidth=width, label=SHORT[name])
     if ADDED in shares and shares[ADDED][1].any():
         axes.stairs(shares[ADDED][1], edges, color=colour, alpha=0.3, fill=True, label="register")
     axes.axvline(float(seen.details["cutoff"]), color="black", linewidth=0.8, linestyle=":")  # type: ignore[arg-type]
@@ -193,7 +201,7 @@ def _draw_norms(axes: Axes, seen: Seen, colour: str) -> None:
     low = min(float(share[share > 0].min()) for share in shares.values())
     axes.set(xscale="log", yscale="log", xlabel="norm (dotted: cutoff)", ylabel="share of tokens", ylim=(low / 2, 2))
     axes.set_xlim(edges[:-1][used].min() / 1.5, edges[1:][used].max() * 1.5)
-    axes.legend(frameon=False, fontsize=8)
+    _legend(axes)
 
 
 def _draw_neurons(axes: Axes, seen: Seen, colour: str) -> None:
@@ -208,7 +216,20 @@ def _draw_neurons(axes: Axes, seen: Seen, colour: str) -> None:
     axes.set_yticks(at, [f"block {each['block'] + 1}, {each['neuron']}" for each in neurons], fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("mean |activation|")
-    axes.legend(frameon=False, fontsize=8)
+    _legend(axes)
+
+
+def _legend(axes: Axes) -> None:
+    """Above, where it hides nothing."""
+    axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, columnspacing=1.0)
+
+
+def _plain_numbers(axes: Axes) -> None:
+    """20 and not 2 x 10^1, also where the axis is shorter than a power of ten."""
+    from matplotlib.ticker import LogFormatter
+
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
 
 
 def _maps(seen: Seen, album: Album) -> Picture:
