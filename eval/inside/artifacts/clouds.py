@@ -11,7 +11,7 @@ import numpy as np
 from dinoreg.config import ConfigError
 from eval.inside.artifacts.bins import Counts, Floats, centres, moments, quantiles, share_above
 
-ROUNDS, STILL = 500, 1e-9  # of expectation-maximisation, at most; gain a token at which it stands still
+ROUNDS, STILL = 300, 1e-7  # of expectation-maximisation, at most; gain a token at which it stands still
 NARROWEST = math.log(2) / 64  # of a cloud: one bin, for a histogram knows nothing finer
 SHALLOW = 0.5  # a valley is at most this share of the lower of its two peaks
 FEWEST, LEAST = 20, 1e-4  # tokens, and share of all, that are a cloud and not a few accidents
@@ -114,7 +114,8 @@ def fit_clouds(counts: Counts) -> Clouds:
 
     There are two clouds where two Gaussians are better by BIC and their sum has two peaks with a valley between. BIC
     alone would call every skewed cloud two, for the tokens of many images are so many that any difference from a
-    Gaussian is certain.
+    Gaussian is certain. Of the fits that are reached from several starts one with two peaks is preferred, for where
+    there are three clouds, the best may be a narrow Gaussian upon a broad one.
     """
     kept = np.flatnonzero(counts)
     total = int(counts.sum())
@@ -125,8 +126,12 @@ def fit_clouds(counts: Counts) -> Clouds:
     mean = float(weight @ x)
     spread = max(math.sqrt(float(weight @ (x - mean) ** 2)), NARROWEST)
     alone = float(weight @ _log_normal(x, mean, spread))
-    fits = [_climb(x, weight, start) for start in _starts(x, weight)]
-    together, means, spreads, shares = max(fits, key=lambda fit: fit[0])
+    fits = [_judge(*_climb(x, weight, start), alone, total) for start in _starts(x, weight)]
+    return max(fits, key=lambda fit: (fit.two, fit.bic_gain))
+
+
+def _judge(together: float, means: Floats, spreads: Floats, shares: Floats, alone: float, total: int) -> Clouds:
+    """together, alone: the mean log density a token of two Gaussians and of one."""
     order = np.argsort(means)
     means, spreads, shares = means[order], spreads[order], shares[order]
     gain = together - alone - 1.5 * math.log(max(total, 2)) / total  # 3 more numbers, each worth half a log n

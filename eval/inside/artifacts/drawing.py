@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 9.0  # inches of a page
-COARSE = 8  # bins of the tables in one of a figure
+COARSE = 4  # bins of the tables in one of a figure
 SMOOTH = 0.02  # of a density of cosines: standard deviation of its kernel
 RAINBOW, HEAT, GREY = "viridis", "magma", "#8a8f98"
 
@@ -254,7 +254,7 @@ def _bounds(maps: Sequence[Array], low: float | None) -> tuple[float, float]:
 
 def map_rows(titles: Sequence[str], rows: Sequence[tuple[str, Sequence[Array], float | None]]) -> Figure:
     """Maps side by side in each row, on the row's own scale: (what it shows, maps, lowest value)."""
-    cell = 2.3
+    cell = 1.9
     figure = new_figure(cell * len(titles) + 1.2, cell * len(rows) + 0.3)
     grid = figure.subplots(len(rows), len(titles), squeeze=False)
     for axes, (label, maps, low) in zip(grid, rows, strict=True):

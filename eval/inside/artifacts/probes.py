@@ -12,6 +12,7 @@ from torch import Tensor
 from dinoreg.models.vit import VisionTransformer
 from eval.inside.artifacts.draws import draw_some, generator_of
 from eval.inside.artifacts.norms import output_tokens
+from eval.inside.artifacts.summary import widened
 from eval.inside.artifacts.tally import Tally
 from eval.inside.look import Batch
 from eval.logistic import fit_logistic
@@ -145,5 +146,6 @@ def score_probes(rows: dict[str, Tensor], found: dict[str, Tensor]) -> tuple[dic
             details[group][title] = mean
             if name != "mean_error":
                 low, high = bootstrap(sums, lambda total: total[:, 0] / total[:, 1])
-                scores[f"{title}_{group}"] = Score(mean, low, high, unit, better)
+                score = Score(mean, low, high, unit, better)
+                scores[f"{title}_{group}"] = widened(score, len(places)) if unit == "%" else score
     return details, scores

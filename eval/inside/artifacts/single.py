@@ -14,10 +14,10 @@ from dinoreg.parallel.mesh import Ranks
 from eval.images import hold_out
 from eval.inside.artifacts.draws import draw_each, generator_of
 from eval.inside.artifacts.norms import output_tokens
+from eval.inside.artifacts.summary import share_score
 from eval.inside.artifacts.tally import Tally
 from eval.inside.look import Batch
 from eval.logistic import Linear, fit_logistic
-from eval.metrics import mean_score
 from eval.results import Score
 
 FEWEST = 20  # images with an outlier, in training and in test, from which single outliers are classified
@@ -104,7 +104,7 @@ def classify(
     for column in columns:
         right, C = found[column.name]
         details["columns"][column.name] = tell_column(right, kept[1]["label"], C)
-        scores[f"single_{column.name.lower().replace(' ', '_')}_top1"] = mean_score(100 * right.mean(0), "%")
+        scores[f"single_{column.name.lower().replace(' ', '_')}_top1"] = share_score(right.mean(0))
     return details, scores
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -44,21 +45,23 @@ def tell_norms(tally: Tally, layer: int) -> tuple[dict[str, Any], dict[str, Scor
         },
     }
     scores = {
-        "outlier_share": share_score(share),
+        "outlier_share": share_score(share, "lower"),
         "norm_max_over_median": mean_score(tally.rows["ratio"], "", "lower"),
     }
     return details, scores
 
 
-def share_score(share: Tensor) -> Score:
-    """Percent of patches that are outliers, from the share in each image (n,).
+def share_score(share: Tensor, better: str = "higher") -> Score:
+    """Percent, from the share in each image (n,), with its interval."""
+    return widened(mean_score(100 * share, "%", better), len(share))
 
-    Where there are none at all, resampling would know of no others: the upper end is then Wilson's for the share of
-    images that have one.
-    """
-    if share.any():
-        return mean_score(100 * share, "%", "lower")
-    return Score(0.0, 0.0, share_interval(0, len(share))[1], "%", "lower", share.float())
+
+def widened(score: Score, images: int) -> Score:
+    """A percentage that may be 0 or 100, of which resampling would be certain: then as wide as Wilson's for images."""
+    if 0 < score.value < 100:
+        return score
+    low, high = share_interval(images if score.value else 0, images)
+    return replace(score, low=low, high=high)
 
 
 def tell_layers(tally: Tally) -> dict[str, Any]:

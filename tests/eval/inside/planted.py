@@ -2,8 +2,8 @@
 
 A real VisionTransformer with a residual stream whose channels each have one meaning. A patch of the marker's colour
 sets one channel; one neuron of one block's feed-forward layer listens to that channel alone and, when it fires, makes
-the token tens of times as long as its neighbours. So it is known which token becomes an outlier, in which block, by which
-neuron, in which direction, and how long it is.
+the token tens of times as long as its neighbours. So it is known which token becomes an outlier, in which block, by
+which neuron, in which direction, and how long it is.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def planted_network(
     """A network in which the feed-forward layer of a block makes marked tokens about `strength` long, others are 12.
 
     home: who is marked: "patches" of the marker's colour, the first of the "registers" in every image, or "nowhere".
-    gather: a later block in which marked tokens and CLS take in the mean colour of all tokens, and no other token does.
-    Everything else is random and small.
+    gather: a later block in which marked tokens and CLS take in the mean colour of all tokens, and no other token does;
+    attention adds nothing else then. Everything else is random and small.
     """
     cfg = ModelConfig(
         embed_dim=DIM, depth=depth, num_heads=2, patch_size=PATCH, image_size=image_size, num_registers=registers,
@@ -168,13 +168,14 @@ def _write_gathering(model: VisionTransformer, block: int) -> None:
     assert isinstance(attention, Attention)
     width = DIM // 2
     query, key, value = (slice(at * DIM, at * DIM + width) for at in range(3))
+    for each in model.blocks:
+        each.attn.proj.weight.zero_()  # or all tokens would know a little of the image
     attention.qkv.weight[query] = attention.qkv.weight[key] = attention.qkv.weight[value] = 0
-    # A marked token is long by now, so that the norm leaves only its LOUD channels, 4 and -3; CLS has IS_CLS, about 2.
+    # A marked token is long by now, so that the norm leaves only its LOUD channels, 6.4 and -4.8; CLS has IS_CLS, 2.7.
     attention.qkv.bias[0] = 20.0
-    attention.qkv.weight[0, LOUD] = torch.tensor([-8.0, 8.0])
-    attention.qkv.weight[0, IS_CLS] = -20.0
-    attention.qkv.weight[DIM, IS_CLS] = 20.0
+    attention.qkv.weight[0, LOUD] = 2.5 * torch.tensor([-0.8, 0.6])
+    attention.qkv.weight[0, IS_CLS] = -7.5
+    attention.qkv.weight[DIM, IS_CLS] = 1.2
     for channel in range(3):
         attention.qkv.weight[2 * DIM + channel, channel] = 1.0
-        attention.proj.weight[GATHERED.start + channel] = 0
-        attention.proj.weight[GATHERED.start + channel, channel] = 30.0
+        attention.proj.weight[GATHERED.start + channel, channel] = 90.0
