@@ -1,4 +1,4 @@
-"""How an attention map is spread: pure functions of weights over patches. All of it in the weights' precision."""
+"""How an attention map is spread: pure functions of weights over patches, in whose precision the outcome is."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def entropy(distribution: Tensor) -> Tensor:
 
 def peak(distribution: Tensor) -> Tensor:
     """(..., N) -> (...): the largest weight in units of the median."""
-    return distribution.amax(-1) / distribution.quantile(0.5, dim=-1).clamp(min=LEAST)
+    ordered, n = distribution.sort(-1).values, distribution.shape[-1]
+    median = (ordered[..., (n - 1) // 2] + ordered[..., n // 2]) / 2
+    return ordered[..., -1] / median.clamp(min=LEAST)
 
 
 def mass_on(distribution: Tensor, chosen: Tensor) -> Tensor:
@@ -34,8 +36,8 @@ def mass_on(distribution: Tensor, chosen: Tensor) -> Tensor:
 
 def cosine(maps: Tensor) -> Tensor:
     """Of each pair of maps (B, Q, N): (B, Q, Q). Weights are never negative, so 0 means that maps do not overlap."""
-    units = torch.nn.functional.normalize(maps, dim=-1)
-    return units @ units.transpose(-2, -1)
+    units = torch.nn.functional.normalize(maps.double(), dim=-1)  # autocast would take three digits of anything less
+    return (units @ units.mT).to(maps.dtype)
 
 
 def jensen_shannon(distributions: Tensor) -> Tensor:

@@ -75,6 +75,22 @@ def test_equal_maps_are_0_bits_apart_and_maps_without_overlap_1_bit() -> None:
     assert mean_of_pairs(maps[:, :1, :1])[1].isnan().all()  # CLS alone
 
 
+def test_the_peak_is_in_units_of_the_median_of_numpy() -> None:
+    for count in (10, 11):
+        p = normalised(random_weights(3, count))
+        torch.testing.assert_close(peak(p), p.amax(-1) / torch.from_numpy(np.median(p.numpy(), axis=-1)))
+
+
+def test_figures_of_maps_are_as_exact_where_the_network_computes_in_bf16() -> None:
+    weights, outliers = random_weights(2, 3, 4, 30), torch.zeros(2, 30, dtype=torch.bool)
+    with torch.autocast("cpu", torch.bfloat16):
+        coarse = note(weights, outliers)
+    exact = note(weights, outliers)
+    torch.testing.assert_close(coarse.pairs, exact.pairs)
+    torch.testing.assert_close(coarse.similarities, exact.similarities)
+    torch.testing.assert_close(coarse.tokens, exact.tokens)
+
+
 def test_mass_is_counted_in_each_image_by_itself() -> None:
     p = torch.tensor([[[0.1, 0.2, 0.7]], [[0.5, 0.5, 0.0]]])
     chosen = torch.tensor([[True, False, True], [False, True, False]])

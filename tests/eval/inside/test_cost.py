@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from evaluating import run_suite, write_weights
@@ -33,6 +34,17 @@ def test_fvcore_and_the_formula_count_what_is_worked_out_by_hand(registers: int)
     model = ModelConfig(embed_dim=64, depth=3, num_heads=2, patch_size=8, image_size=32)
     cost = cost_with(model, registers, 48)
     assert cost.counted == cost.formula == 2 * multiply_adds(1 + registers + 36, 64, 3, 36, 8)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [{"ffn": "swiglu"}, {"rope_base": 100.0}, {"pre_norm": True, "activation": "quick_gelu"}, {"pos_offset": 0.1}],
+)
+def test_fvcore_and_the_formula_agree_for_networks_of_any_kind(kind: dict[str, Any]) -> None:
+    model = ModelConfig(embed_dim=64, depth=2, num_heads=2, patch_size=8, image_size=32, **kind)
+    for registers, size in ((0, 32), (3, 64)):
+        cost = cost_with(model, registers, size)
+        assert cost.counted == pytest.approx(cost.formula, rel=1e-12)
 
 
 @pytest.mark.parametrize(
