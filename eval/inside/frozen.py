@@ -33,13 +33,19 @@ class Frozen:
     labels: Tensor
 
     def predict(self, features: Tensor) -> Tensor:
-        device = features.device
-        features = features.float()
-        if self.linear is None:
-            known, labels = self.features.to(device), self.labels.to(device)
-            return knn_classify(known, labels, features, k=K, num_classes=self.classes)
-        weight, bias = self.linear.weight.to(device), self.linear.bias.to(device)
-        return Linear(weight, bias).predict((features - self.mean.to(device)) * self.scale.to(device))
+        """In fp32, also inside of the network's lower precision."""
+        with torch.autocast(features.device.type, enabled=False):
+            features = features.float()
+            if self.linear is None:
+                return knn_classify(self.features, self.labels, features, k=K, num_classes=self.classes)
+            return self.linear.predict((features - self.mean) * self.scale)
+
+    def to(self, device: torch.device) -> Frozen:
+        mean, scale, features, labels = (
+            each.to(device) for each in (self.mean, self.scale, self.features, self.labels)
+        )
+        linear = self.linear and Linear(self.linear.weight.to(device), self.linear.bias.to(device))
+        return Frozen(self.kind, self.classes, mean, scale, linear, features, labels)
 
 
 def freeze(look: Look, kind: str, features_of: Callable[[Batch], Tensor] | None = None) -> Frozen | None:
@@ -51,18 +57,18 @@ def freeze(look: Look, kind: str, features_of: Callable[[Batch], Tensor] | None 
     if look.train is None:
         return None
     measure = features_of or (lambda batch: look.backbone.layers(batch.images, [-1])[0].cls)
-    found = [
-        (batch_places, features.float().cpu(), labels)
-        for batch_places, features, labels in look.through(
-            lambda batch: (batch.places, measure(batch), batch.labels), "class tokens of training images", look.train
-        )
-    ]
+
+    def seen(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        return batch.places, measure(batch).float().cpu(), batch.labels
+
+    mine = list(look.through(seen, "class tokens of training images", look.train))
     ranks = look.context.ranks
-    gathered = [piece for share in ranks.gather_objects(found) for piece in share]
+    gathered = [piece for share in ranks.gather_objects(mine) for piece in share]
     places, features, labels = (torch.cat([piece[at] for piece in gathered]) for at in range(3))
     order = places.argsort()  # the same however many ranks there are
     classes = look.num_classes
-    return ranks.from_main(lambda: train(features[order], labels[order], classes, kind))
+    frozen = ranks.from_main(lambda: train(features[order], labels[order], classes, kind))
+    return frozen.to(look.context.device)
 
 
 def train(features: Tensor, labels: Tensor, classes: int, kind: str) -> Frozen:

@@ -25,6 +25,7 @@ READ = {
 GREY = "#888888"
 PANEL = (2.9, 2.4)  # inches
 MOST_PHOTOS = 4
+LITTLE = 10  # percent of the images
 NEITHER = "In neither paper; it follows from both. "
 Details = dict[str, Any]
 
@@ -145,7 +146,9 @@ def _basis(seen: Sequence[Seen]) -> str:
 
 def _pairs(seen: Sequence[Seen]) -> str:
     told = [row["images"] for each in seen for row in each.details["swap"]]  # type: ignore[attr-defined]
-    return f"; {min(told):,} to {max(told):,} pairs of two classes" if told else ""
+    if not told:
+        return ""
+    return f"; {min(told):,}{f' to {max(told):,}' if max(told) > min(told) else ''} pairs of two classes"
 
 
 def _tokens(seen: Seen) -> str:
@@ -170,26 +173,27 @@ def _ends(seen: Seen) -> list[tuple[int, int]]:
 
 
 def _said_of_edges(seen: Seen) -> str:
+    """What the cuts leave in the last block and in all, and for registers what the gentler replacements do."""
     last, everywhere = _ends(seen)
     parts = []
     for edge, name in (("CLS<-PATCH", "patches"), ("CLS<-REG", "registers")):
         one, all_ = (_run(seen, edge, CUT, *span) for span in (last, everywhere))
         if one is not None and all_ is not None:
-            parts.append(f"without {name} in the last block {_cost(one)}, in no block {_cost(all_)}")
+            parts.append(
+                f"{_left(one)} without reading {name} in the last block, {_left(all_)} without ever reading them"
+            )
     zero, usual = (_run(seen, "CLS<-REG", way, *everywhere) for way in (ZERO, SHUFFLE))
     if zero and usual:
-        parts.append(f"registers read as zeros everywhere {_cost(zero)}, as another image's {_cost(usual)}")
-    return f"{seen.name}: CLS {'; '.join(parts)}."
+        parts.append(f"{_left(zero)} where it always reads zeros for registers, {_left(usual)} another image's")
+    return f"{seen.name}: CLS keeps a cosine of {'; of '.join(parts)}."
 
 
-def _cost(run: Details) -> str:
+def _left(run: Details) -> str:
     drop = run["drop"]
-    said = f"keeps a cosine of {run['cosine']['value']:.2f}"
-    return said if drop is None else f"{said} and loses {_points(drop)}"
-
-
-def _points(drop: dict[str, float]) -> str:
-    return f"{drop['value']:.1f} points ({drop['low']:.1f} to {drop['high']:.1f})"
+    said = f"{run['cosine']['value']:.2f}"
+    if drop is None:
+        return said
+    return f"{said} (accuracy {-drop['value']:+.1f} points, {-drop['high']:+.1f} to {-drop['low']:+.1f})"
 
 
 def _edge_rows(seen: Seen) -> list[list[str]]:
@@ -406,8 +410,17 @@ def _said_of_swaps(seen: Seen) -> str:
         return f"{said}."
     return (
         f"{said}; {row['receiver']['value']:.0f} % of the images are still given their own class, "
-        f"{row['donor']['value']:.1f} % the donor's."
+        f"{row['donor']['value']:.1f} % the donor's: {_verdict(row)}."
     )
+
+
+def _verdict(row: Details) -> str:
+    """Whom CLS believes."""
+    if row["donor"]["low"] > row["receiver"]["high"]:
+        return "CLS takes the class from the registers"
+    if row["donor"]["high"] < LITTLE:
+        return "CLS does not take the class from them"
+    return "CLS takes some of it from them"
 
 
 def _swap_row(seen: Seen) -> list[str]:

@@ -53,17 +53,23 @@ def tally(backbone: Backbone, images: Tensor, outliers: Tensor) -> Tally:
     sums: dict[int, Tensor] = {}
 
     def noting(block: int, hidden: Tensor) -> Tensor:
-        sums[block] = which @ hidden[:, first:].flatten(0, 1).abs().float()
+        sums[block] = _summed(which, hidden[:, first:].flatten(0, 1).abs())
         return hidden
 
     edits = Edits(hidden={block: partial(noting, block) for block in range(model.depth)})
     x, packing, _ = model.embed([images])
     norms = [
-        which @ packing.split(tokens)[0][:, first:].float().norm(dim=-1).flatten()
+        _summed(which, packing.split(tokens)[0][:, first:].float().norm(dim=-1).flatten())
         for tokens, packing in onward(model, x, packing, edits)
     ]
     activation = torch.stack([sums[block] for block in range(model.depth)], dim=1)
     return Tally(activation.double(), torch.stack(norms, dim=1).double(), which.double().sum(1))
+
+
+def _summed(which: Tensor, values: Tensor) -> Tensor:
+    """which (2, n) @ values (n, ...) in fp32, also inside of the network's lower precision."""
+    with torch.autocast(values.device.type, enabled=False):
+        return which @ values.float()
 
 
 def onset(norm: Tensor, detect: int) -> int:

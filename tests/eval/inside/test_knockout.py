@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from distributed import run_ranks
 from evaluating import run_suite, surroundings, write_data
 from torch import Tensor
 
@@ -295,16 +294,3 @@ def test_without_labels_or_registers_what_is_undefined_is_left_out(scene: Path, 
 def test_a_single_image_has_nobody_to_exchange_with(scene: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="two images"):
         measured(Ranks.alone(), tmp_path, scene, "images=1")
-
-
-def test_two_processes_find_what_one_does(scene: Path, tmp_path: Path) -> None:
-    words = ["images=9", "train_images=12", "layers=1"]
-    both = run_ranks(measured, 2, tmp_path / "both", scene, *words)
-    alone = measured(Ranks.alone(), tmp_path / "alone", scene, *words)
-    for each in both:
-        assert each.scores.keys() == alone.scores.keys()
-        for name, score in each.scores.items():
-            assert score.value == pytest.approx(alone.scores[name].value, rel=1e-3, abs=1e-4), name
-        assert [row["cosine"]["value"] for row in each.details["runs"]] == pytest.approx(
-            [row["cosine"]["value"] for row in alone.details["runs"]], abs=1e-4
-        )

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import run_ranks
 from evaluating import run_suite, surroundings
 from planted import as_images, mark, planted_network, planted_pixels, write_planted_classes
 from torch import Tensor
@@ -138,16 +137,6 @@ def test_the_suite_finds_the_planted_neuron_and_empties_the_patches(scene: Path,
     assert opened.digest != plain.digest
     with pytest.raises(ConfigError, match="found in other weights"):
         with_test_time_registers(Backbone(planted_network(seed=1)), tmp_path / "out" / "neurons.json")
-
-
-def test_two_processes_find_what_one_does(scene: Path, tmp_path: Path) -> None:
-    one, other = run_ranks(measured, 2, tmp_path / "both", scene, "images=12", "train_images=20")
-    alone = measured(Ranks.alone(), tmp_path / "alone", scene, "images=12", "train_images=20")
-    for each in (one, other):
-        assert each.scores.keys() == alone.scores.keys()
-        for name, score in each.scores.items():
-            assert score.value == pytest.approx(alone.scores[name].value, rel=1e-4, abs=1e-4), name
-        assert [each["neuron"] for each in one.details["neurons"]] == [3]
 
 
 def test_a_network_without_outliers_is_left_as_it_is(scene: Path, tmp_path: Path) -> None:
