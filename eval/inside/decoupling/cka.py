@@ -9,7 +9,7 @@ are sums over them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
 
@@ -45,6 +45,7 @@ class Moments:
     def __init__(self, parts: Sequence[str], mixtures: Mapping[str, Sequence[str]], about: Tensor) -> None:
         self.parts, self.names = list(parts), list(mixtures)
         self.about, device, dim = about.double(), about.device, about.shape[-1]
+        self._mixed = [{self.parts.index(part) for part in mixture} for mixture in mixtures.values()]
         made = [[float(part in mixture) for part in parts] for mixture in mixtures.values()]
         self.mixing = torch.tensor(made, dtype=torch.float64, device=device)
         count = len(self.names)
@@ -103,10 +104,11 @@ class Moments:
         x, y = self.names.index(one), self.names.index(other)
         if self.count < 2 or not (self._varies(x) and self._varies(y)):
             return Cka(None, None, None)
-        length = self._centred(x, x).norm() * self._centred(y, y).norm()
-        plain = self._centred(x, y).square().sum() / length
-        floor = self._trace(x) * self._trace(y) / ((self.count - 1) * length)
-        return Cka(float(plain), self._debiased(x, y), float(floor))
+        (both, hsic), (first, hsic_x), (second, hsic_y) = (self._alike(*pair) for pair in ((x, y), (x, x), (y, y)))
+        length = math.sqrt(first * second)
+        floor = float(self._trace(x) * self._trace(y)) / ((self.count - 1) * length)
+        debiased = hsic / math.sqrt(hsic_x * hsic_y) if self.count > 3 and min(hsic_x, hsic_y) > 0 else None
+        return Cka(both / length, debiased, floor)
 
     def _state(self) -> dict[str, Tensor]:
         return {name: value for name, value in vars(self).items() if name.startswith("_") and isinstance(value, Tensor)}
@@ -114,14 +116,20 @@ class Moments:
     def _cross(self, x: int, y: int) -> Tensor:
         """X'Y (D, D), of the parts that the two are made of."""
         found = torch.zeros_like(self._blocks[0])
+        mine, others = self._mixed[x], self._mixed[y]
         for block, (p, q) in zip(self._blocks, self._pairs, strict=True):
-            found.add_(block, alpha=float(self.mixing[x, p] * self.mixing[y, q]))
-            if p != q:
-                found.add_(block.T, alpha=float(self.mixing[x, q] * self.mixing[y, p]))
+            if p in mine and q in others:
+                found += block
+            if p != q and q in mine and p in others:
+                found += block.T
         return found
 
-    def _centred(self, x: int, y: int) -> Tensor:
-        return self._cross(x, y) - torch.outer(self._sums[x], self._sums[y]) / self._rows
+    def _alike(self, x: int, y: int) -> tuple[float, float]:
+        """||X'Y||² with columns centred, and n (n - 3) times the unbiased HSIC, 0 for fewer than four images."""
+        cross = self._cross(x, y)
+        hsic = self._hsic(x, y, cross) if self.count > 3 else 0.0
+        cross.addr_(self._sums[x], self._sums[y], alpha=-1 / float(self._rows))
+        return float(cross.square().sum()), hsic
 
     def _trace(self, x: int) -> Tensor:
         """Summed squared distances from the mean."""
@@ -130,37 +138,47 @@ class Moments:
     def _varies(self, x: int) -> bool:
         return bool(self._trace(x) > CONSTANT * self._lengths[x])
 
-    def _debiased(self, x: int, y: int) -> float | None:
-        if self.count < 4:
-            return None
-        own = self._hsic(x, x) * self._hsic(y, y)
-        return self._hsic(x, y) / math.sqrt(own) if own > 0 and self._hsic(x, x) > 0 else None
-
-    def _hsic(self, x: int, y: int) -> float:
-        """n (n - 3) times the unbiased HSIC. Kernels K = XX', L = YY' without their diagonals k, l, of row norms:
+    def _hsic(self, x: int, y: int, cross: Tensor) -> float:
+        """Kernels K = XX', L = YY' are without their diagonals k, l, of row norms:
 
         tr(KL) + 1'K1 1'L1 / ((n - 1)(n - 2)) - 2 1'KL1 / (n - 2), where, with s = X'1 and t = Y'1,
-        tr(KL) = ||X'Y||² - k'l; 1'K1 = s's - 1'k; 1'KL1 = s'X'Yt - s'X'l - t'Y'k + k'l.
+        tr(KL) = ||X'Y||² - k'l; 1'K1 = s's - 1'k; 1'KL1 = s'X'Yt - s'X'l - t'Y'k + k'l. cross: X'Y.
         """
-        cross, s, t, n = self._cross(x, y), self._sums[x], self._sums[y], self._rows
-        both = self._products[x, y]
+        s, t, n, both = self._sums[x], self._sums[y], self._rows, self._products[x, y]
         trace = cross.square().sum() - both
         totals = (s.square().sum() - self._squares[x]) * (t.square().sum() - self._squares[y])
         chain = s @ cross @ t - s @ self._levers[x, y] - t @ self._levers[y, x] + both
         return float(trace + totals / ((n - 1) * (n - 2)) - 2 * chain / (n - 2))
 
 
-def jackknife(folds: Sequence[Moments], figure: Callable[[Moments], float | None]) -> tuple[float, float] | None:
-    """Where a figure lies with 95 %, were there other images: from how it moves when each fold is left out.
+Intervals = dict[str, tuple[float, float] | None]
 
-    None where it is undefined for any of them.
+
+def jackknife(folds: Sequence[Moments], pairs: Mapping[str, tuple[str, str]]) -> dict[str, Intervals]:
+    """Where `plain` and `debiased` CKA of each pair lie with 95 %, were there other images.
+
+    By how they move when each fold is left out; None where one is undefined for any of them.
     """
     everything = total(folds)
-    left = [figure(everything.plus(fold, -1)) for fold in folds]
-    value, known = figure(everything), [each for each in left if each is not None]
-    if value is None or len(known) < len(folds):
+    left: dict[str, list[Cka]] = {name: [] for name in pairs}
+    for fold in folds:
+        others = everything.plus(fold, -1)
+        for name, pair in pairs.items():
+            left[name].append(others.cka(*pair))
+    return {
+        name: {
+            "plain": _interval(everything.cka(*pair).plain, [each.plain for each in left[name]]),
+            "debiased": _interval(everything.cka(*pair).debiased, [each.debiased for each in left[name]]),
+        }
+        for name, pair in pairs.items()
+    }
+
+
+def _interval(value: float | None, left: Sequence[float | None]) -> tuple[float, float] | None:
+    known = [each for each in left if each is not None]
+    if value is None or len(known) < len(left):
         return None
-    spread = torch.tensor(known, dtype=torch.float64).var(correction=0) * (len(folds) - 1)
+    spread = torch.tensor(known, dtype=torch.float64).var(correction=0) * (len(left) - 1)
     half = T * math.sqrt(float(spread))
     return value - half, value + half
 

@@ -119,8 +119,7 @@ def tell_skip(seen: Sequence[Seen], album: Album) -> Finding:
     return Finding(
         "L8", "Skip or patches: which is like CLS",
         "Leave CLS with only what it was before the last layer, or with only what it reads from patches there. Which "
-        "is "
-        "like the real one?",
+        "is like the real one?",
         each_says(seen, _skip_says),
         "Patches alone are less like the whole the larger the network is, in all recipes (DINOv2, DeiT III, CLIP, "
         "iBOT); DeiT III tiny behaves like its huge model [P, no figures in the text].",
@@ -229,8 +228,7 @@ def tell_rebuilding(seen: Sequence[Seen], album: Album) -> Finding | None:
         ],
         ["Ridge regression from tokens as the last block reads them (after its norm) to CLS after the final norm; half "
          "of the images are predicted from the other half, and the reverse. R² is 1 for a perfect prediction, 0 for "
-         "one "
-         "that is as good as the mean, and may be negative.",
+         "one that is as good as the mean, and may be negative.",
          "The penalty is the one with the least error when each training image is left out in turn. Sources are scaled "
          "to the same variance. Registers are all of them, one after the other.",
          "Lost without it: R² of all sources less R² of all but this one. Sources that know the same lose nothing "
@@ -286,8 +284,7 @@ def tell_clutter(seen: Sequence[Seen], album: Album) -> Finding:
          *(f"with {name}, ρ" for name in MEASURES)],
         [_clutter_row(each) for each in seen],
         ["Share of patches: ‖patches‖ / (‖patches‖ + ‖registers‖) of what CLS reads in the last layer, or with the "
-         "skip "
-         "part instead, which is there without registers too. Mean over images with its interval.",
+         "skip part instead, which is there without registers too. Mean over images with its interval.",
          "How much goes on is told from pixels alone, without labels: edges, the mean length of the gradient of grey; "
          "entropy, of the distribution of grey over 64 levels. ρ is Spearman's rank correlation."],
     )  # fmt: skip

@@ -166,12 +166,13 @@ def tell_cka(seen: Sequence[Seen], album: Album) -> Finding:
         "DINOv2 with registers: patches alone are almost the same as the whole for S and B, less so with size; for g "
         "registers alone are closer to the whole than patches alone. The same on ImageNet [P, no figures in the text].",
         basis(seen), [album.save(figure, "L3_cka", caption)],
-        ["network", "part", "CKA", "chance", "debiased", "mean cosine to the whole", "CKA after the final norm"],
+        ["network", "part", "CKA", "chance", "debiased", "mean cosine to the whole", "CKA with the stream",
+         "CKA after the final norm"],
         [_cka_row(each, group) for each in seen for group in GROUPS],
         [*chosen(seen),
          "Linear CKA compares how images lie to each other: 1 is the same up to rotation and scale. The residual "
-         "stream "
-         "is left out, as in the paper; the last column has it in, with the feed-forward layer and the final norm.",
+         "stream is left out, as in the paper; the last two columns have it in, the second with the feed-forward layer "
+         "and the final norm too.",
          "Chance is the mean CKA over all ways to pair the two sets of images at random, which is known exactly from "
          "their spectra; it falls with the number of images. The debiased CKA has the unbiased HSIC of Song et al. "
          "(2012); by chance it is 0.",
@@ -198,14 +199,14 @@ def _cka_says(each: Seen) -> str:
 def _cka_row(each: Seen, group: str) -> list[str]:
     told, after = details(each)["cka"]["last"].get(group), details(each)["cka"]["after"].get(group)
     if told is None:
-        return [each.name, WORDS[group], *["–"] * 5]
+        return [each.name, WORDS[group], *["–"] * 6]
     cells = []
     for kind in ("plain", "debiased"):
         low, high = told[kind]["interval"] or (None, None)
         cells.append(scored({"value": told[kind]["value"], "low": low, "high": high}, 3) if low is not None else "–")
-    floor = number(told["floor"], 3)
-    cosine = number(last(each, f"cosine_{group}"), 3)
-    return [each.name, WORDS[group], cells[0], floor, cells[1], cosine, number(after["plain"] if after else None, 3)]
+    stream = details(each)["cka"]["last"][f"{group}+residual"]["plain"]["value"]
+    others = (last(each, f"cosine_{group}"), stream, after["plain"] if after else None)
+    return [each.name, WORDS[group], cells[0], number(told["floor"], 3), cells[1], *(number(one, 3) for one in others)]
 
 
 def tell_one_shot(seen: Sequence[Seen], album: Album) -> Finding | None:
@@ -292,8 +293,7 @@ def tell_photos(seen: Sequence[Seen], album: Album) -> Finding | None:
         "An attention map shows which patches are read. Is what is read from them what CLS becomes?",
         each_says(seen, lambda each: _photos_say(each, cosines[list(seen).index(each)])),
         "DINOv2-g with registers: an image with a clean attention map, whose patches alone give an output with a "
-        "cosine "
-        "of −0.0092 to the whole [P].",
+        "cosine of −0.0092 to the whole [P].",
         f"{len(cosines[0])} photos, of those that are looked at",
         [album.save(figure, "L5_photos", caption)],
         how=["Brightness is scaled for each map, from the patch that is read least to the one that is read most, but "

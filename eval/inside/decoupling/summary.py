@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from eval.inside.decoupling.cka import CONSTANT, Cka, Moments, jackknife, total
+from eval.inside.decoupling.cka import CONSTANT, Cka, jackknife, total
 from eval.inside.decoupling.clutter import MEASURES, rank_correlation
 from eval.inside.decoupling.measure import ROW
 from eval.inside.decoupling.oneshot import TOPS, class_score
@@ -54,10 +54,10 @@ def ckas(tally: Tally) -> dict[str, Any]:
     """By layer, and with intervals for the last; and where CLS leaves the network. Names are those of `compared`."""
     sums = {block: total(folds) for block, folds in tally.moments.items()}
     pairs = compared(sums[tally.last].names)
-    layers = {name: [_plain(sums[block].cka(*pair)) for block in sums] for name, pair in pairs.items()}
-    last = {name: _with_intervals(tally.moments[tally.last], pair) for name, pair in pairs.items()}
+    everywhere = {name: pair for name, pair in pairs.items() if not name.endswith("+residual")}
+    layers = {name: [_plain(sums[block].cka(*pair)) for block in sums] for name, pair in everywhere.items()}
     after = {kind: _plain(tally.after.cka(kind, "whole")) for kind in tally.kinds if kind != "whole"}
-    return {"blocks": list(sums), "layers": layers, "last": last, "after": after}
+    return {"blocks": list(sums), "layers": layers, "last": _with_intervals(tally, pairs), "after": after}
 
 
 def compared(names: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -71,15 +71,15 @@ def compared(names: Sequence[str]) -> dict[str, tuple[str, str]]:
     return pairs | {f"{group}+residual": (f"{group}+residual", "attended") for group in groups}
 
 
-def _with_intervals(folds: Sequence[Moments], pair: tuple[str, str]) -> dict[str, Any]:
-    found = total(folds).cka(*pair)
-    return {
-        kind: {
-            "value": getattr(found, kind),
-            "interval": jackknife(folds, lambda each, kind=kind: getattr(each.cka(*pair), kind)),  # type: ignore[misc]
-        }
-        for kind in ("plain", "debiased")
-    } | {"floor": found.floor}
+def _with_intervals(tally: Tally, pairs: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
+    """Of the last layer."""
+    folds = tally.moments[tally.last]
+    found: dict[str, Any] = {}
+    for name, intervals in jackknife(folds, pairs).items():
+        cka = total(folds).cka(*pairs[name])
+        found[name] = {kind: {"value": getattr(cka, kind), "interval": each} for kind, each in intervals.items()}
+        found[name]["floor"] = cka.floor
+    return found
 
 
 def _plain(cka: Cka) -> dict[str, float | None]:

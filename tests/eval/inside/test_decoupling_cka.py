@@ -10,6 +10,7 @@ from torch import Tensor
 
 from eval.inside.decoupling.cka import FOLDS, Cka, Moments, jackknife, total
 
+PAIR = {"ab": ("a", "b")}
 MIXED = {"a": ["a"], "b": ["b"], "sum": ["a", "b"]}
 
 
@@ -118,14 +119,11 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
     held = 0
     for seed in range(100):
         a, b = drawn(seed, 200)
-        interval = jackknife([moments(a[at::FOLDS], b[at::FOLDS], batch=99) for at in range(FOLDS)], debiased)
+        folds = [moments(a[at::FOLDS], b[at::FOLDS], batch=99) for at in range(FOLDS)]
+        interval = jackknife(folds, PAIR)["ab"]["debiased"]
         assert interval is not None and truth is not None
         held += interval[0] < truth < interval[1]
     assert 88 <= held <= 100
-
-
-def debiased(found: Moments) -> float | None:
-    return found.cka("a", "b").debiased
 
 
 def test_memory_is_that_of_the_pairs_of_parts() -> None:
