@@ -27,7 +27,7 @@ from eval.suite import Context
 
 # As multiples of the patches' mean squared length: from nothing to as much as patches could agree at the most. A bias
 # above 0 would make more patches agree, and boxes grow until they are the whole image.
-BIASES = [0.0, -0.01, -0.02, *(round(-0.05 * step, 2) for step in range(1, 20))]
+BIASES = [0.0, -0.01, -0.02, *(round(-0.05 * step, 2) for step in range(1, 20)), -0.97, -0.98, -0.99]
 MOST_PATCHES = 6400  # COCO's largest images in patches of 8 pixels
 
 
@@ -112,7 +112,7 @@ def run(backbone: Backbone, cfg: DiscoveryConfig, context: Context) -> Result:
         photos = look_at(search, verdict, biases, cfg.photos)
         arrays |= as_arrays(photos)
         details["photos"] = [photo.about for photo in photos]
-    notes = _notes(cfg, verdict, search, short)
+    notes = _notes(cfg, verdict, search, short, tried)
     return Result("discovery", verdict.scores(), protocol, _data(images, search), notes, details, arrays=arrays)
 
 
@@ -174,7 +174,7 @@ def _arrays(outcome: Outcome, verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def _notes(cfg: DiscoveryConfig, verdict: Verdict, search: Search, short: int) -> list[str]:
+def _notes(cfg: DiscoveryConfig, verdict: Verdict, search: Search, short: int, tried: list[float]) -> list[str]:
     outcome = verdict.outcome
     notes = [f"boxes of all classes count alike ({search.images.layout})"]
     if short:
@@ -189,6 +189,8 @@ def _notes(cfg: DiscoveryConfig, verdict: Verdict, search: Search, short: int) -
             f"corloc_tuned: block, feature and bias were chosen by the boxes of {int(verdict.tuning.sum())} images, "
             f"and the score is of the {int((~verdict.tuning).sum())} others; all other scores are of all images"
         )
+        if (best := tried[verdict.best_of_all().bias]) and best == min(tried):
+            notes.append(f"the chosen bias, {best:g}, is the lowest that was tried: a lower one may be better")
     else:
         notes.append("no image was held out to choose a bias with: there is no tuned score")
     if search.bad:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 SIDE_BY_SIDE = 2  # networks in one figure; maps of more would be too small
 ROWS = 4  # photos in one figure
-WIDTH = 10.0  # inches
+WIDTH, LARGEST_CELL = 10.0, 1.8  # inches
 NAMES = {"q": "queries", "k": "keys", "v": "values"}
 RULES_AT = (0.14, 0.42)  # where the two rules stand beyond the last bias, in widths of the biases' span
 TRUE = "#111111"  # boxes that people drew
@@ -211,9 +211,10 @@ def _grid(titles: Sequence[str], heads: Sequence[str], networks: Sequence[Seen])
     first = shots(networks[0])
     ratios = [shot.pixels.shape[0] / shot.pixels.shape[1] for shot in first]
     widths = [1.25, *([0.12, *[1.0] * len(heads)] * len(titles))]  # with a gap before each network
-    cell = WIDTH / (sum(widths) + 0.04 * len(widths))
+    cell = min(LARGEST_CELL, WIDTH / (sum(widths) + 0.04 * len(widths)))
     head = 0.5  # inches
-    figure = Figure(figsize=(WIDTH, cell * sum(ratios) * 1.05 + head))
+    width = cell * (sum(widths) + 0.04 * len(widths))
+    figure = Figure(figsize=(width, cell * sum(ratios) * 1.05 + head))
     grid = figure.add_gridspec(
         len(first), len(widths), width_ratios=widths, height_ratios=ratios, left=0.0, right=1.0, bottom=0.0,
         top=1 - head / figure.get_figheight(), wspace=0.04, hspace=0.05,
@@ -232,10 +233,11 @@ def _grid(titles: Sequence[str], heads: Sequence[str], networks: Sequence[Seen])
 
 def _photo(axes: Axes, taken: Sequence[Shot], colours: Sequence[str], boxes: bool = True) -> None:
     axes.imshow(taken[0].pixels)
-    for truth in taken[0].about["truth"]:
-        _rectangle(axes, truth, TRUE, 1.2)
+    thick = 2.5 if len(taken) == 1 else 4.5
     for at, (shot, colour) in enumerate(zip(taken if boxes else (), colours, strict=False)):
-        shot.box(axes, "chosen", colour, 4.0 / (1 + 1.5 * at))  # the same box of both is seen twice
+        shot.box(axes, "chosen", colour, thick / (1 + at))  # the same box of both is seen twice
+    for truth in taken[0].about["truth"]:
+        _rectangle(axes, truth, TRUE, 1.0)
 
 
 def _steps(axes: Sequence[Axes], shot: Shot) -> None:

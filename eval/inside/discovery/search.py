@@ -21,7 +21,7 @@ from eval.suite import Context
 
 MEASURED = 16  # images on which the lengths of features are measured, for the biases that are tried
 STANDS_OUT = 3  # standard deviations above the mean norm, the rule of test-time registers (Jiang et al., 2025)
-LARGEST = 2**22  # pixels of an image, for the memory that workers share
+USUAL = 2**20  # pixels of an image whose annotation does not say, for the memory that workers share
 
 
 @dataclass
@@ -98,7 +98,7 @@ class Search:
         ranks = self.context.ranks
         batches = buckets(self.images, self.sweep.sight, self.batch)[ranks.rank :: ranks.world]
         sized = Sized(self.images, self.sweep.sight)
-        loaded = load(sized, batches, self.context, 3 * LARGEST)
+        loaded = load(sized, batches, self.context, self._most_bytes())
         fitting = Fitting(self.batch, self.context.say)
         rows: list[_Row] = []
         start, inside = time.perf_counter(), 0.0
@@ -112,6 +112,12 @@ class Search:
         gathered = [row for share in ranks.gather_objects(rows) for row in share]
         self._leave_out(gathered)
         return _outcome(sorted(gathered, key=lambda row: row.place), seconds)
+
+    def _most_bytes(self) -> int:
+        """Of an image as it is seen, as far as annotations say."""
+        sizes = [self.sweep.sight.size(*entry.size) for entry in self.images.entries if entry.size]
+        known = len(sizes) == len(self.images)
+        return 3 * max([height * width for height, width in sizes] + ([] if known else [USUAL]))
 
     def _look(self, places: Sequence[int], items: Sequence[tuple[Tensor, Sequence[Tensor]]], biases: Tensor,
               cutoffs: Tensor, fitting: Fitting) -> list[_Row]:  # fmt: skip
@@ -167,4 +173,5 @@ def _outcome(rows: Sequence[_Row], seconds: tuple[float, float]) -> Outcome:
 
 def _rounded(values: Tensor) -> Tensor:
     """To three digits that count."""
-    return torch.tensor([float(f"{value:.3g}") for value in values.flatten().tolist()]).double().view_as(values)
+    digits = [float(f"{value:.3g}") for value in values.flatten().tolist()]
+    return torch.tensor(digits, dtype=torch.float64).view_as(values)
