@@ -59,10 +59,7 @@ def one(suite: Suite, words: Sequence[str]) -> int:
         f"{suite.title[0].upper()}{suite.title[1:]}. Writes results.json, with everything that was chosen.",
         f"""\
         examples:
-          dinoreg-eval {suite.name} --weights runs/mine --data /data/{suite.data}
-          dinoreg-eval {suite.name} --weights dinov2_vits14_reg4_pretrain.pth --data DIR --output results/{suite.name}
-          dinoreg-eval {suite.name} --weights FILE --data train=DIR test=DIR --preset quick
-          torchrun --nproc-per-node 8 -m eval {suite.name} --weights FILE --data DIR
+          {_examples(suite)}
 
         Every option with its default and its meaning: {suite.config} in {suite.module.replace(".", "/")}.py.""",
     )
@@ -78,6 +75,19 @@ def one(suite: Suite, words: Sequence[str]) -> int:
     parts = [word for word in asked.overrides if word.startswith(PARTS) and not word.partition("=")[2].isdigit()]
     rest = [word for word in asked.overrides if word not in parts]
     return run_jobs(asked, [Job(suite, vars(asked).get("data", []) + parts, rest)])
+
+
+def _examples(suite: Suite) -> str:
+    command = f"dinoreg-eval {suite.name} --weights"
+    lines = [f"{command} runs/mine", f"{command} dinov2_vits14_reg4_pretrain.pth --output results/{suite.name}"]
+    if suite.data:
+        lines = [
+            f"{command} runs/mine --data /data/{suite.data}",
+            f"{command} dinov2_vits14_reg4_pretrain.pth --data DIR --output results/{suite.name}",
+            f"{command} FILE --data train=DIR test=DIR --preset quick",
+            f"torchrun --nproc-per-node 8 -m eval {suite.name} --weights FILE --data DIR",
+        ]
+    return f"\n{10 * ' '}".join(lines)
 
 
 def every(words: Sequence[str]) -> int:

@@ -202,7 +202,9 @@ def _protocol(evaluation: Evaluation, name: str) -> Html:
     """Every option of an experiment, and what must be said of its data."""
     data = evaluation.data
     said = [
-        f"{evaluation.images:,} images of {data['name']} (hash {data['hash']})",
+        f"{evaluation.images:,} images of {data['name']} (hash {data['hash']})"
+        if data["test"]
+        else "no image was looked at",
         *evaluation.notes,
         *(f"{key} = {value}" for key, value in evaluation.protocol.items()),
     ]
