@@ -58,21 +58,28 @@ class AddedRegistersConfig(LookConfig):
 
 
 def run(backbone: Backbone, cfg: AddedRegistersConfig, context: Context) -> Result:
-    """Finds the neurons, writes them to neurons.json, and measures the network with and without what they do."""
+    """Finds the neurons, writes them to neurons.json, and measures the network with and without what they do.
+
+    A network that has test-time registers already is compared with what it was without them.
+    """
+    given = None
+    if isinstance(backbone, RegisteredBackbone):
+        given, backbone = backbone.neurons, backbone.plain
     detect = _block(backbone, cfg.detect, "detect")
     look = Look(backbone, cfg, context)
     cutoff = cfg.cutoff or _three_sigmas(look, detect)
     sums = _tally(look, detect, cutoff)
-    found = _find(backbone, cfg, sums, detect)
+    found = given or _find(backbone, cfg, sums, detect)
+    said = ["the neurons were given, not found here"] if given else []
     networks = _networks(backbone, found)
     frozen = freeze(look, cfg.probe)
     rows, counts = _measure(look, networks, frozen, detect, cutoff)
     scores = _scores(rows)
     if found and context.ranks.is_main:
         found.write(context.output / FILE, cutoff=cutoff, detect=detect)
-    arrays = {f"{key}: {name}": value for name in networks for key, value in (("counts", counts[name]),)}
+    arrays = {f"counts: {name}": counts[name] for name in networks} | _photos(look, networks, detect)
     result = look.result(
-        "test-time-registers", scores, _notes(sums, detect), arrays={**arrays, **_photos(look, networks, detect)},
+        "test-time-registers", scores, [*said, *_notes(sums, detect, found)], arrays=arrays,
         variants={name: _summary(rows[name], name, rows[PLAIN]) for name in networks},
         **_found_details(found, sums, cutoff, detect, cfg, frozen), tokens=int(sums.patches.sum()),
     )  # fmt: skip
@@ -227,8 +234,8 @@ def _found_details(
             {
                 "block": block,
                 "neuron": neuron,
-                "outliers": float(activation[0, block, neuron]),
-                "others": float(activation[1, block, neuron]),
+                "outliers": _finite(activation[0, block, neuron]),
+                "others": _finite(activation[1, block, neuron]),
             }
             for block, neuron in found.neurons
         ]
@@ -236,7 +243,8 @@ def _found_details(
         "cutoff": cutoff,
         "rule": "given" if cfg.cutoff else f"mean + {SIGMAS} std",
         "detect": detect,
-        "top_layer": max((each["block"] for each in table), default=None),
+        "onset": onset(norm, detect) if sums.patches.all() else None,
+        "top_layer": max((block for block, _ in found.neurons), default=None) if found else None,
         "outliers": int(sums.patches[0]),
         "ratio": _finite(norm[0, detect + 1] / norm[1, detect + 1]),
         "ratio_entering": _finite(norm[0, 0] / norm[1, 0]),
@@ -251,9 +259,11 @@ def _finite(value: Tensor) -> float | None:
     return float(value) if value.isfinite() else None
 
 
-def _notes(sums: Tally, detect: int) -> list[str]:
+def _notes(sums: Tally, detect: int, found: Neurons | None) -> list[str]:
     if not sums.patches[0]:
-        return ["no patch is beyond the cutoff: there is nothing to move, and no register was added"]
+        return [
+            "no patch is beyond the cutoff" + ("" if found else ": there is nothing to move, and no register was added")
+        ]
     ratio = sums.mean_norm[0] / sums.mean_norm[1]
     entering, told = float(ratio[0]), float(ratio[detect + 1])
     if told < FEW * max(1, entering):

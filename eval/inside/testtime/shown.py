@@ -62,25 +62,30 @@ def _said(seen: Seen) -> str:
     variants = details["variants"]
     if ADDED not in variants:
         return f"{seen.name}: no patch is beyond the cutoff of {details['cutoff']:.3g}, so that nothing was moved."
-    plain, added = variants[PLAIN], variants[ADDED]
-    share = (
-        f"{percent(plain['share']['value'])} of the patches are beyond the cutoff, {details['ratio']:.1f} times as long"
-    )
-    if details["ratio"] < FEW:
-        share += " as the others: these are no artifacts as in the papers"
-    elif details["ratio"] < FEW * details["ratio_entering"]:
-        share += (
-            f" as the others; but they were {details['ratio_entering']:.1f} times as long when they entered the first "
-            "block, so that no block makes them: these are no artifacts as in the papers"
-        )
-    else:
-        share += f" as the others; they rise in block {details['top_layer'] + 1}"
+    added = variants[ADDED]
     moved = (
         f"moving {counted(len(details['neurons']), 'neuron')} to an added token leaves "
         f"{percent(added['share']['value'])} (moving as many random ones: "
         f"{percent(variants[RANDOM]['share']['value'])})"
     )
-    return f"{seen.name}: {share}. There, {moved}; {_kept(variants)}."
+    return f"{seen.name}: {_outliers(details)}. There, {moved}; {_kept(variants)}."
+
+
+def _outliers(details: dict[str, Any]) -> str:
+    """How many, and how much longer; and whether a block makes them."""
+    ratio, entering = details["ratio"], details["ratio_entering"]
+    if ratio is None:
+        return f"no patch is beyond the cutoff of {details['cutoff']:.3g}"
+    share = percent(details["variants"][PLAIN]["share"]["value"])
+    said = f"{share} of the patches are beyond the cutoff, {ratio:.1f} times as long as the others"
+    if ratio < FEW:
+        return f"{said}: these are no artifacts as in the papers"
+    if ratio < FEW * entering:
+        return (
+            f"{said}; but they were {entering:.1f} times as long when they entered the first block, so that no block "
+            "makes them: these are no artifacts as in the papers"
+        )
+    return f"{said}; they rise in block {details['onset'] + 1}"
 
 
 def _kept(variants: dict[str, Any]) -> str:
@@ -160,7 +165,7 @@ def _overview(seen: Sequence[Seen], album: Album) -> Picture:
         _same_limits(list(grid[:, column]), column)
     caption = (
         "Left: mean norm of patches that will be outliers, and of the others, through the network; the dotted line "
-        "is the last block whose neurons are considered. Middle: how many patches have which norm where outliers are "
+        "is the last block with a neuron that is moved. Middle: how many patches have which norm where outliers are "
         "told, before and after, and the added register. Right: mean |activation| of the neurons that are moved."
     )
     return album.save(figure, "test-time-registers", caption)
@@ -211,8 +216,8 @@ def _draw_neurons(axes: Axes, seen: Seen, colour: str) -> None:
         axes.set_axis_off()
         return
     at = np.arange(len(neurons))
-    axes.barh(at - 0.2, [each["outliers"] for each in neurons], 0.4, color=colour, label="on outliers")
-    axes.barh(at + 0.2, [each["others"] for each in neurons], 0.4, color=BEFORE, label="on other patches")
+    axes.barh(at - 0.2, [each["outliers"] or 0 for each in neurons], 0.4, color=colour, label="on outliers")
+    axes.barh(at + 0.2, [each["others"] or 0 for each in neurons], 0.4, color=BEFORE, label="on other patches")
     axes.set_yticks(at, [f"block {each['block'] + 1}, {each['neuron']}" for each in neurons], fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("mean |activation|")

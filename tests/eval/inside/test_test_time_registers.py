@@ -135,6 +135,8 @@ def test_the_suite_finds_the_planted_neuron_and_empties_the_patches(scene: Path,
     opened = with_test_time_registers(plain, tmp_path / "out" / "neurons.json")
     assert opened.num_registers == 1
     assert opened.digest != plain.digest
+    again = run_suite("test-time-registers", opened, surroundings(tmp_path / "again", scene), *WORDS, "top_k=9")
+    assert again.scores == result.scores
     with pytest.raises(ConfigError, match="found in other weights"):
         with_test_time_registers(Backbone(planted_network(seed=1)), tmp_path / "out" / "neurons.json")
 
