@@ -20,6 +20,7 @@ from eval.inside.artifacts.neighbours import How
 from eval.inside.artifacts.norms import look_at_norms, norm_histogram, patch_norms_at
 from eval.inside.artifacts.places import look_both_ways, resampling_gradient, smaller_grid
 from eval.inside.artifacts.probes import (
+    TRAINED,
     Mix,
     ProbeTask,
     chance,
@@ -27,7 +28,7 @@ from eval.inside.artifacts.probes import (
     probe_pixels,
     probe_position,
     score_probes,
-)  # fmt: skip
+)
 from eval.inside.artifacts.single import Fitting, classify, draw_single
 from eval.inside.artifacts.summary import tell_layers, tell_map, tell_neighbours, tell_norms, tell_places, tell_types
 from eval.inside.artifacts.tally import add_up
@@ -207,6 +208,10 @@ def measure_probes(at: Measuring) -> None:
     part = at.some(cfg.probe_images)
     measured = look.through(lambda batch: draw_tokens(backbone.model, batch, task), "tokens for probes", part)
     rows = add_up(measured, look.context.ranks).rows
+    trained = rows["role"] == TRAINED
+    if not trained.any():
+        at.found.notes.append("no image to train probes on (1.4)")
+        return
     device, std = look.context.device, backbone.normalisation[1]
     look.context.say(f"artifacts: probes of position and pixels on {len(rows['place']):,} tokens")
     found = look.context.ranks.from_main(
@@ -216,7 +221,6 @@ def measure_probes(at: Measuring) -> None:
         )
     )
     told, scores = score_probes(rows, found)
-    trained = rows["role"] == 0
     at.found.details["probes"] = {
         **told,
         "chance": chance(look.grid),
@@ -262,6 +266,7 @@ def measure_steps(at: Measuring) -> None:
 def measure_resampling(at: Measuring) -> None:
     """1.12, with and without antialiasing, at a size where positions are resampled."""
     look, cfg, model = at.look, at.cfg, at.look.backbone.model
+    at.found.details["rotary"] = model.pos_embed is None
     if model.pos_embed is None:
         at.found.notes.append("positions are rotary: nothing is resampled (1.12)")
         return

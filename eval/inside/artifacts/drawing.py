@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.inside.artifacts.bins import LOWEST, PER_OCTAVE, quantiles
+from eval.inside.artifacts.bins import PER_OCTAVE, edges, quantiles
 from eval.inside.artifacts.neighbours import cosine_centres
 from eval.inside.finding import COLOURS
 
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 9.0  # inches of a page
-COARSE = 4  # bins of the tables in one of a figure
+FACTORS = (1, 2, 4, 8, 16, 32)  # measured bins in a drawn one
+NARROWEST = 4.0  # ratio of the norms at the ends of an axis
 SMOOTH = 0.02  # of a density of cosines: standard deviation of its kernel
 RAINBOW, HEAT, GREY = "viridis", "magma", "#8a8f98"
 
@@ -41,32 +42,43 @@ def plain_axes(axis: Axes) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def coarse(counts: Array) -> Array:
-    """Counts (..., BINS) in fewer bins (..., BINS / COARSE)."""
-    return counts.reshape(*counts.shape[:-1], -1, COARSE).sum(-1)
+def coarse(counts: Array, factor: int) -> Array:
+    """Counts (..., BINS) in bins that are so many times as wide."""
+    return counts.reshape(*counts.shape[:-1], -1, factor).sum(-1)
 
 
-def coarse_edges() -> Array:
-    """Norms between the fewer bins."""
-    bins = 20 - LOWEST
-    return 2.0 ** (LOWEST + np.arange(bins * PER_OCTAVE // COARSE + 1) * COARSE / PER_OCTAVE)
+def coarse_edges(factor: int) -> Array:
+    """Norms between these wider bins."""
+    return edges()[::factor]
 
 
 def limits(tables: Sequence[Array]) -> tuple[float, float]:
-    """Norms between which all tokens of several tables (..., BINS) lie."""
-    bounds = coarse_edges()
-    seen = np.flatnonzero(sum(coarse(table).reshape(-1, len(bounds) - 1).sum(0) for table in tables))
-    return float(bounds[max(seen[0] - 1, 0)]), float(bounds[min(seen[-1] + 2, len(bounds) - 1)])
+    """Norms between which all tokens of several tables (..., BINS) lie, at least a factor NARROWEST apart.
+
+    A single cloud would otherwise fill the figure, and look as wide as one with outliers.
+    """
+    seen = np.flatnonzero(sum(table.reshape(-1, table.shape[-1]).sum(0) for table in tables))
+    low, high = edges()[seen[0]] / 1.1, edges()[seen[-1] + 1] * 1.1
+    return float(low), float(max(high, NARROWEST * low))
+
+
+def factor_for(bounds: tuple[float, float], most: int) -> int:
+    """How much wider than the measured ones bins are drawn, so that at most so many fit between the bounds."""
+    bins = PER_OCTAVE * np.log2(bounds[1] / bounds[0])
+    return next((factor for factor in FACTORS if bins / factor <= most), FACTORS[-1])
 
 
 def norm_histograms(names: Sequence[str], counts: Sequence[Array], cutoffs: Sequence[float | None]) -> Figure:
     """One panel a network, below each other, on the same axes: figures 3 and 7. counts: each (BINS,)."""
     figure = new_figure(WIDTH, 0.7 + 1.7 * len(names))
     panels = figure.subplots(len(names), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-    bounds = coarse_edges()
+    bounds = limits(counts)
+    factor = factor_for(bounds, 120)
     for at, (axis, name, table, cutoff) in enumerate(zip(panels, names, counts, cutoffs, strict=True)):
-        axis.stairs(100 * coarse(table) / table.sum(), bounds, fill=True, color=colour(at), alpha=0.85)
-        axis.set(xscale="log", yscale="log", xlim=limits(counts), ylim=(50 / max(t.sum() for t in counts), 150))
+        axis.stairs(
+            100 * coarse(table, factor) / table.sum(), coarse_edges(factor), fill=True, color=colour(at), alpha=0.85
+        )
+        axis.set(xscale="log", yscale="log", xlim=bounds, ylim=(50 / max(t.sum() for t in counts), 150))
         axis.set_title(name, loc="left", fontsize=10)
         if cutoff is not None:
             axis.axvline(cutoff, color="black", linestyle="--", linewidth=1)
@@ -85,7 +97,8 @@ def plain_norm_axis(axis: Axes, which: str = "x") -> None:
 
     ruler = axis.xaxis if which == "x" else axis.yaxis
     low, high = sorted(axis.get_xlim() if which == "x" else axis.get_ylim())
-    subs = (1.0, 2.0, 5.0) if high / low < 3000 else (1.0,)
+    ratio = high / low
+    subs = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if ratio < 12 else (1.0, 2.0, 5.0) if ratio < 3000 else (1.0,)
     ruler.set_major_locator(LogLocator(10, subs=subs, numticks=30))
     ruler.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
     ruler.set_minor_formatter(NullFormatter())
@@ -117,12 +130,15 @@ def norm_maps(names: Sequence[str], photos: Sequence[Array], maps: Sequence[Arra
     return figure
 
 
-def along(tables: Array, axis: Axes, ticks: Sequence[Any], norm: Any) -> Any:
+def along(tables: Array, axis: Axes, columns: int, bounds: tuple[float, float], norm: Any) -> Any:
     """A histogram of norms (BINS,) in each column: counts (columns, BINS), in shares of the column."""
-    shares = coarse(tables).T / np.maximum(tables.sum(-1), 1)
-    return axis.pcolormesh(
-        np.arange(len(ticks) + 1), coarse_edges(), np.ma.masked_equal(shares, 0), norm=norm, cmap=RAINBOW
-    )
+    factor = factor_for(bounds, 80)
+    shares = coarse(tables, factor).T / np.maximum(tables.sum(-1), 1)
+    axis.set(yscale="log", ylim=bounds)
+    between = coarse_edges(factor)
+    inside = np.flatnonzero((between[1:] > bounds[0]) & (between[:-1] < bounds[1]))  # vectors of all would be heavy
+    shown = np.ma.masked_equal(shares[inside], 0)
+    return axis.pcolormesh(np.arange(columns + 1), between[inside[0] : inside[-1] + 2], shown, norm=norm, cmap=RAINBOW)
 
 
 def layer_histograms(
@@ -133,17 +149,17 @@ def layer_histograms(
 
     figure = new_figure(WIDTH, 0.5 + 2.7 * len(names))
     panels = figure.subplots(len(names), 1, sharey=True, squeeze=False)[:, 0]
-    colours = LogNorm(1 / max(int(table[0, 0].sum()) for table in tables), 1)
+    colours, bounds = LogNorm(1 / max(int(table[0, 0].sum()) for table in tables), 1), limits(tables)
     for axis, name, table, layers, cutoff in zip(panels, names, tables, told, cutoffs, strict=True):
         depth = len(table)
-        drawn = along(table.reshape(2 * depth, -1), axis, range(2 * depth), colours)
+        drawn = along(table.reshape(2 * depth, -1), axis, 2 * depth, bounds, colours)
         middle = np.arange(2 * depth) + 0.5
         for key, line in (("normal_median", "white"), ("outlier_median", COLOURS[1])):
             medians = np.array(layers[key], dtype=float).ravel()
             if not np.isnan(medians).all():
                 label = f"median of {key.partition('_')[0]} patches"
                 axis.plot(middle, medians, color=line, linewidth=1.4, label=label)
-        axis.set(yscale="log", ylim=limits(tables), xlim=(0, 2 * depth))
+        axis.set_xlim(0, 2 * depth)
         step = max(1, depth // 20)
         axis.set_xticks(np.arange(0, 2 * depth, 2 * step) + 1, [str(at) for at in range(0, depth, step)])
         axis.set_title(name, loc="left", fontsize=10)
@@ -203,7 +219,7 @@ def type_strips(names: Sequence[str], tables: Sequence[dict[str, Array]], cutoff
 
     widths = [max(2, len(each)) for each in tables]
     bounds = limits([counts for each in tables for counts in each.values()])
-    figure = new_figure(WIDTH, 3.4)
+    figure = new_figure(min(WIDTH, 1.2 + 0.85 * sum(widths)), 3.4)
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False, width_ratios=widths)[0]
     for number, (axis, name, types) in enumerate(zip(panels, names, tables, strict=True)):
         for at, (kind, counts) in enumerate(types.items()):
@@ -227,15 +243,31 @@ def type_strips(names: Sequence[str], tables: Sequence[dict[str, Array]], cutoff
     return figure
 
 
-def heat_maps(titles: Sequence[str], maps: Sequence[Array], label: str, per_row: int, low: float = 0.0) -> Figure:
-    """Maps (h, w) over positions, on one scale from `low`, or from less where there is less."""
+def from_zero(maps: Sequence[Array]) -> dict[str, Any]:
+    """Colours of shares."""
+    return {"cmap": HEAT, "vmin": 0.0, "vmax": max(float(each.max()) for each in maps) or 1.0}
+
+
+def around_one(maps: Sequence[Array]) -> dict[str, Any]:
+    """Colours of ratios, white where they are 1; differences of less than 5 % stay pale."""
+    most = max(0.05, *(float(abs(each - 1).max()) for each in maps))
+    return {"cmap": "RdBu_r", "vmin": 1 - most, "vmax": 1 + most}
+
+
+def around_zero(maps: Sequence[Array]) -> dict[str, Any]:
+    """Colours of what has a sign."""
+    most = max(float(abs(each).max()) for each in maps) or 1.0
+    return {"cmap": "RdBu_r", "vmin": -most, "vmax": most}
+
+
+def heat_maps(titles: Sequence[str], maps: Sequence[Array], label: str, per_row: int, scale: dict[str, Any]) -> Figure:
+    """Maps (h, w) over positions, in the same colours."""
     rows = -(-len(maps) // per_row)
     cell = min(2.6, (WIDTH - 0.9) / per_row)
     figure = new_figure(cell * per_row + 0.9, (cell + 0.35) * rows)
     panels = figure.subplots(rows, per_row, squeeze=False).ravel()
-    bounds = _bounds(maps, low)
     for axis, title, each in zip(panels, titles, maps, strict=False):
-        drawn = axis.imshow(each, cmap=HEAT, vmin=bounds[0], vmax=bounds[1])
+        drawn = axis.imshow(each, **scale)
         axis.set_title(title, fontsize=9)
     for axis in panels:
         axis.set_xticks([]), axis.set_yticks([])
@@ -245,26 +277,20 @@ def heat_maps(titles: Sequence[str], maps: Sequence[Array], label: str, per_row:
     return figure
 
 
-def _bounds(maps: Sequence[Array], low: float | None) -> tuple[float, float]:
-    """Of a common scale; as far as values go where `low` is None."""
-    least, most = min(float(each.min()) for each in maps), max(float(each.max()) for each in maps)
-    bottom = least if low is None else min(low, least)
-    return bottom, most if most > bottom else bottom + 1
-
-
-def map_rows(titles: Sequence[str], rows: Sequence[tuple[str, Sequence[Array], float | None]]) -> Figure:
-    """Maps side by side in each row, on the row's own scale: (what it shows, maps, lowest value)."""
-    cell = 1.9
-    figure = new_figure(cell * len(titles) + 1.2, cell * len(rows) + 0.3)
-    grid = figure.subplots(len(rows), len(titles), squeeze=False)
-    for axes, (label, maps, low) in zip(grid, rows, strict=True):
-        bounds = _bounds(maps, low)
+def map_columns(titles: Sequence[str], columns: Sequence[tuple[str, Sequence[Array], dict[str, Any]]]) -> Figure:
+    """A row for each title; columns: what is shown, its maps from above, and its colours."""
+    cell = 2.1
+    figure = new_figure((cell + 0.5) * len(columns) + 0.4, cell * len(titles) + 0.7)
+    grid = figure.subplots(len(titles), len(columns), squeeze=False)
+    for axes, (label, maps, scale) in zip(grid.T, columns, strict=True):
         for axis, each in zip(axes, maps, strict=True):
-            drawn = axis.imshow(each, cmap=HEAT, vmin=bounds[0], vmax=bounds[1])
+            drawn = axis.imshow(each, **scale)
             axis.set_xticks([]), axis.set_yticks([])
-        figure.colorbar(drawn, ax=axes.tolist(), shrink=0.9, pad=0.02).set_label(label, fontsize=9)
-    for axis, title in zip(grid[0], titles, strict=True):
-        axis.set_title(title, fontsize=10)
+        bar = figure.colorbar(drawn, ax=axes.tolist(), location="bottom", shrink=0.9, pad=0.02)
+        bar.set_label(label, fontsize=9)
+        bar.ax.tick_params(labelsize=8)
+    for axis, title in zip(grid[:, 0], titles, strict=True):
+        axis.set_ylabel(title, fontsize=10)
     return figure
 
 
@@ -273,7 +299,7 @@ def accuracy_bars(
 ) -> Figure:
     """Accuracies by kind of token, a group of bars a network."""
     widths = [max(3, len(each)) for each in columns]
-    figure = new_figure(WIDTH, 2.9)
+    figure = new_figure(min(WIDTH, 1.2 + 0.85 * sum(widths)), 2.9)
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False, width_ratios=widths)[0]
     for number, (axis, name, kinds, spans) in enumerate(zip(panels, names, columns, intervals, strict=True)):
         for at, (kind, found) in enumerate(kinds.items()):
@@ -297,10 +323,9 @@ def step_histograms(names: Sequence[str], tables: Sequence[Array], steps: Sequen
 
     figure = new_figure(WIDTH, 0.5 + 2.4 * len(names))
     panels = figure.subplots(len(names), 1, sharey=True, squeeze=False)[:, 0]
-    colours = LogNorm(1 / max(int(table[0].sum()) for table in tables), 1)
+    colours, bounds = LogNorm(1 / max(int(table[0].sum()) for table in tables), 1), limits(tables)
     for axis, name, table, each in zip(panels, names, tables, steps, strict=True):
-        drawn = along(table, axis, each, colours)
-        axis.set(yscale="log", ylim=limits(tables))
+        drawn = along(table, axis, len(each), bounds, colours)
         step = max(1, len(each) // 10)
         axis.set_xticks(np.arange(0, len(each), step) + 0.5, [f"{each[at]:,}" for at in range(0, len(each), step)])
         axis.set_title(name, loc="left", fontsize=10)

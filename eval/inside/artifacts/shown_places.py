@@ -59,11 +59,12 @@ def tell_places(seen: Sequence[Seen], album: Album) -> Finding:
     means = [_rates(each, "place_norms", "seen") for each in seen]
     pictures: list[Picture] = []
     if any(each.any() for each in maps):
-        figure = drawing.heat_maps(names(seen), [100 * each for each in maps], "% of images", min(3, len(seen)))
+        shares = [100 * each for each in maps]
+        figure = drawing.heat_maps(names(seen), shares, "% of images", min(3, len(seen)), drawing.from_zero(shares))
         pictures.append(album.save(figure, "1.12_places", "How often the token at each position is an outlier."))
-    figure = drawing.heat_maps(
-        names(seen), [each / np.median(each) for each in means], "mean norm / median", min(3, len(seen)), low=0.8
-    )
+    ratios = [each / np.median(each) for each in means]
+    scale = drawing.around_one(ratios)
+    figure = drawing.heat_maps(names(seen), ratios, "mean norm / median", min(3, len(seen)), scale)
     pictures.append(album.save(figure, "1.12_norms", "Mean norm at each position, by the median over positions."))
     pictures += [picture for each in seen if "resampled" in details(each) for picture in _both_ways(each, album)]
     return Finding(
@@ -100,16 +101,17 @@ def _both_ways(each: Seen, album: Album) -> list[Picture]:
     """With and without antialiasing, side by side: figures 10 and 11."""
     told = details(each)["resampled"]
     side, images = told["side"], told["told"][0]["images"]
-    titles = ["with antialiasing", "without"]
+    titles = ["antialiased", "not antialiased"]
     name = each.name.replace(" ", "_").replace("/", "_")
     norms = each.arrays["resampled_norms"].reshape(2, side, side) / images
     places = 100 * each.arrays["resampled_places"].reshape(2, side, side) / images
-    rows: list[tuple[str, list[Any], float | None]]
-    rows = [("mean norm / median", [each / np.median(each) for each in norms], 0.8)]
+    ratios = [both / np.median(both) for both in norms]
+    columns = [("mean norm / median", ratios, drawing.around_one(ratios))]
     if places.any():
-        rows.append(("% of images with an outlier", list(places), 0.0))
-    rows.append(("gradient of positions", list(each.arrays["resampling_gradients"]), None))
-    figure = drawing.map_rows(titles, rows)
+        columns.append(("% of images with an outlier", list(places), drawing.from_zero(places)))
+    gradients = list(each.arrays["resampling_gradients"])
+    columns.append(("weight of learnt positions", gradients, drawing.around_zero(gradients)))
+    figure = drawing.map_columns(titles, columns)
     caption = f"{each.name}: {side} x {side} patches, positions resampled from {told['native']} x {told['native']}."
     return [album.save(figure, f"1.12_antialias_{name}", caption)]
 
@@ -126,6 +128,8 @@ def _places_say(each: Seen) -> str:
 def _resampled_say(each: Seen) -> str:
     """The rest of a sentence."""
     protocol = each.evaluation.protocol
+    if details(each)["rotary"]:
+        return "; positions are rotary, so that nothing is resampled"
     if "resampled" not in details(each):
         return ""
     told = details(each)["resampled"]

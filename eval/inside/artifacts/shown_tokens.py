@@ -46,19 +46,21 @@ def _probes_say(each: Seen) -> str:
     if not normal["tokens"]:
         return "no normal patches to compare"
     guess = 100 * told["chance"]["top1"]
-    right = number(normal["position_top1"])
+    right = f"{normal['position_top1']:.1f}"
     says = f"a normal patch tells its position in {right} % of the cases (chance {number(guess, 2)} %)"
     if not outlier["tokens"]:
         return f"{says}; there are no outliers to compare"
     return (
-        f"{says}, an outlier in {number(outlier['position_top1'])} %; pixels are reconstructed with an error of "
+        f"{says}, an outlier in {outlier['position_top1']:.1f} %; pixels are reconstructed with an error of "
         f"{number(normal['pixel_error'])} and {number(outlier['pixel_error'])}"
     )
 
 
 def _probes_basis(each: Seen) -> str:
     told = details(each)["probes"]
-    tested = " and ".join(f"{counted(told[group]['tokens'], 'token')} of {group} patches" for group in GROUPS)
+    tested = " and ".join(
+        f"{counted(told[group]['tokens'], 'token')} of {group} patches" for group in GROUPS if told[group]["tokens"]
+    )
     trained = (
         f"trained on {counted(told['trained']['tokens'], 'token')} of {counted(told['trained']['images'], 'image')}"
     )
@@ -145,7 +147,7 @@ def _single_basis(each: Seen) -> str:
     skipped = told["skipped_train"] + told["skipped_test"]
     left_out = f", {counted(skipped, 'image')} without an outlier left out" if skipped else ""
     return (
-        f"{each.name}: {counted(told['train'], 'training')} and {counted(told['test'], 'test image')} of "
+        f"{each.name}: {told['train']:,} training and {counted(told['test'], 'test image')} of "
         f"{told['classes']} classes, one token each{left_out}"
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from planted import as_images, mark, planted_network, planted_pixels
+from planted import as_images, mark, planted_network, planted_pixels, striped_network
 
 from eval.inside.artifacts.neighbours import COSINES, auroc, cosine_histograms, neighbour_cosines, on_border
 from eval.inside.artifacts.places import (
@@ -129,6 +129,16 @@ def test_the_network_is_as_it_was_after_a_look_both_ways() -> None:
     with pytest.raises(KeyError), resampling(model, False, 0.1):
         raise KeyError
     assert (model.config.pos_antialias, model.config.pos_offset) == before
+
+
+def test_columns_that_only_aliasing_marks_are_outliers_without_antialiasing_alone() -> None:
+    batch = batch_of(planted_pixels(mark(4, 0.0)))
+    places = look_both_ways(striped_network(), batch, 7, 3, 60.0).sums["places"].view(2, 7, 7)
+    assert not places[0].any()
+    # Column i is read at (i + 1/2) 16/7 - 1/2 of the native grid, the last three near 10, 12 and 14, the others not.
+    marked = places[1].sum(0) > 0
+    assert marked.tolist() == [False] * 4 + [True] * 3
+    assert (places[1][:, marked] == 4).all()
 
 
 def test_both_ways_are_the_network_with_its_option_set() -> None:

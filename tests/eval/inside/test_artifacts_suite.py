@@ -192,14 +192,10 @@ def saved(folder: Path, result: Result, name: str, **planted: Any) -> Seen:
 def test_everything_is_told_and_drawn_side_by_side(tmp_path: Path) -> None:
     data = write_planted_classes(tmp_path / "data", train=12, test=8, rate=0.06)
     seen = []
-    for name, planted in {
-        "plain": {},
-        "4 registers": {"home": "registers", "registers": 4},
-        "none": {"home": "nowhere"},
-    }.items():
-        result = look(tmp_path, data, "draws=2", **planted)
+    for name, planted in {"plain": {}, "4 registers": {"home": "registers", "registers": 4}}.items():
+        result = look(tmp_path, data, "draws=2", "photos=1", **planted)
         seen.append(saved(tmp_path / name, result, name, **planted))
-    for group in (seen, seen[:1], seen[1:2]):
+    for group in (seen[1:2], seen):
         folder = tmp_path / str(len(group))
         told = findings(group, Album(folder))
         assert [each.number for each in told] == ["1.1", "1.2", "1.3", "1.4", "1.5", "1.6", "1.12"]
@@ -207,10 +203,8 @@ def test_everything_is_told_and_drawn_side_by_side(tmp_path: Path) -> None:
             assert each.seen
             assert "image" in each.basis
             assert all(len(row) == len(each.head) for row in each.rows)
-            assert all(
-                (folder / picture.png).is_file() and (folder / picture.pdf).is_file() for picture in each.pictures
-            )
-    types = next(each for each in findings(seen, Album(tmp_path / "again")) if each.number == "1.6")
+            assert all((folder / picture.png).is_file() for picture in each.pictures)
+    types = next(each for each in told if each.number == "1.6")
     shares = {(row[0], row[1]): row[-1] for row in types.rows}
     assert shares["plain", "patches"] not in ("0 %", "–")
     assert shares["4 registers", "patches"] == "0 %"
