@@ -119,7 +119,9 @@ def run(backbone: Backbone, cfg: AttentionConfig, context: Context) -> Result:
 
 
 def choose_registers(there: int, asked: Sequence[int]) -> list[int]:
-    """Whose maps are drawn. Raises ConfigError where the network has no such register."""
+    """Whose maps are drawn. Raises ConfigError where the network has registers, but not one of these."""
+    if not there:
+        return []  # it is shown beside one that has them
     if wrong := [number for number in asked if not 0 <= number < there]:
         raise ConfigError(f"the network has {there} registers, counted from 0: none is {wrong[0]}", "registers")
     if asked or there <= FEW:

@@ -111,6 +111,7 @@ def test_maps_have_the_resolution_asked_for(tmp_path: Path, marked: NDArray[np.b
 def test_registers_whose_maps_are_drawn() -> None:
     assert choose_registers(4, []) == [0, 1, 2, 3] and choose_registers(16, []) == [0, 6, 8, 12]
     assert choose_registers(8, []) == [0, 2, 4, 6] and choose_registers(8, [7, 1]) == [7, 1]
+    assert choose_registers(0, []) == choose_registers(0, [7]) == []
     with pytest.raises(ConfigError, match="the network has 2 registers, counted from 0: none is 2"):
         choose_registers(2, [2])
 
