@@ -71,8 +71,11 @@ def _norms_say(each: Seen) -> str:
     if ratio is None:
         return "nothing is read from patches in the last layer"
     skip, patches = last(each, "norm_skip"), last(each, "norm_patches")
-    said = f"in the last layer the skip part is {skip:.3g} long and what is read from patches {patches:.3g}"
-    return said + (f", {ratio:.2g} times less" if ratio >= 1 else f", {1 / ratio:.2g} times more")
+    long, short = ("the skip part", "what is read from patches")[:: 1 if ratio >= 1 else -1]
+    return (
+        f"in the last layer {long} is {max(ratio, 1 / ratio):.2g} times as long as {short} "
+        f"(skip {skip:.3g}, patches {patches:.3g})"
+    )
 
 
 def _norms_row(each: Seen) -> list[str]:
@@ -102,7 +105,7 @@ def _settling_says(each: Seen) -> str:
     if len(found) < 2 or found[-2] is None:
         return "there is one layer only"
     before = found[-2]
-    at = next(layer for layer, value in enumerate(found, 1) if value is not None and value >= 0.5)
+    at = next((layer for layer, value in enumerate(found, 1) if value is not None and value >= 0.5), len(found))
     said = f"one layer before the end the cosine is {number(before)}"
     return f"{said}, and it passes 0.5 after layer {at} of {len(found)}"
 

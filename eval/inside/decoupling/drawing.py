@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 9.0  # inches, of a page
+WIDE = 10  # times: what differs by more is drawn on a logarithmic axis
 MOST_NUMBERS = 24  # bars in a figure, up to which each has its figure written over it
 Number = float | None  # None where undefined
 
@@ -151,7 +152,7 @@ def bars(
                 _draw_bar(axis, group - 0.4 + wide * (at + 0.5), wide, bar, colour(at), top if few else None)
         axis.set_xticks(range(len(groups)), groups, fontsize=8)
         axis.set_title(title, fontsize=9)
-        axis.set_ylim(min(0, *_lowest(networks)), top)
+        axis.set_ylim(min([0.0, *_lowest(networks)]), top)
         _plain(axis)
     axes[0].set_ylabel(label, fontsize=9)
     _name(figure, names, "chance" if any(bar.chance for panel in panels for row in panel[2] for bar in row) else "")
@@ -177,7 +178,7 @@ def _draw_bar(axis: Axes, x: float, wide: float, bar: Bar, fill: str, top: float
     axis.plot([x + wide / 4] * len(bar.dots), bar.dots, ".", color="0.15", markersize=3)
     if top is not None:
         highest = max(bar.value, bar.high or 0, bar.chance or 0, *bar.dots)
-        text = f"{bar.value:.2f}" if top < 10 else f"{bar.value:.0f}"
+        text = f"{round(bar.value, 2) + 0.0:.2f}" if top < 10 else f"{bar.value:.0f}"  # + 0.0: without "-0.00"
         axis.text(x, highest + 0.01 * top, text, ha="center", va="bottom", fontsize=7, color="0.15")
 
 
@@ -205,7 +206,7 @@ def photo_maps(
 
 
 def registers(names: Sequence[str], lengths: Sequence[NDArray[Any]], profiles: Sequence[NDArray[Any] | None]) -> Figure:
-    """Norms of registers, one dot a register and image; and the strongest dimensions of the longest one, as drawn."""
+    """Norms of registers (n, R), a dot each; and the strongest dimensions of the longest one (2, K), of both panels."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
@@ -224,7 +225,8 @@ def registers(names: Sequence[str], lengths: Sequence[NDArray[Any]], profiles: S
     norms.set_xlabel("register", fontsize=9)
     norms.set_ylabel("norm", fontsize=9)
     norms.set_title("before the last block, a dot an image", fontsize=9)
-    norms.set_ylim(bottom=0)
+    norms.margins(x=0.02)
+    _log_where_wide(norms, [each for each in lengths if each.size])
     for at, profile in enumerate(profiles):
         if profile is not None:
             for axis, values in ((before, profile[0]), (after, profile[1])):
@@ -234,7 +236,7 @@ def registers(names: Sequence[str], lengths: Sequence[NDArray[Any]], profiles: S
         axis.set_xlabel("dimension, by size in the stream", fontsize=9)
         axis.set_ylim(bottom=0)
         _plain(axis)
-    before.set_ylabel("root mean square over images", fontsize=9)
+    before.set_ylabel("rms over images, by that of all dimensions", fontsize=9)
     _plain(norms)
     _name(figure, names)
     return figure
@@ -272,6 +274,15 @@ def scatters(
     for axis in grid[-1]:
         axis.set_xlabel(label, fontsize=9)
     return figure
+
+
+def _log_where_wide(axis: Axes, values: Sequence[NDArray[Any]]) -> None:
+    """Where networks differ so much that the smaller ones would lie on the axis."""
+    medians = [float(np.median(each)) for each in values]
+    if min(medians) > 0 and max(medians) > WIDE * min(medians):
+        axis.set_yscale("log")
+    else:
+        axis.set_ylim(bottom=0)
 
 
 def _numbers(values: Sequence[Number]) -> NDArray[np.float64]:

@@ -48,7 +48,7 @@ def tell_attention(seen: Sequence[Seen], album: Album) -> Finding:
         "between images, and some almost ignore patches [P, no figures in the text].",
         basis(seen), [picture],
         ["network", *(f"to {WORDS[group]}" for group in GROUPS), "patches : registers, without CLS",
-         "patches, were all tokens read alike"],
+         "patches, were all tokens read alike", "patches, by head"],
         [_attention_row(each) for each in seen],
         ["Attention after the softmax, of the query of CLS, mean over heads; summed over the tokens of a group.",
          "The paper's shares of registers and patches sum to 1: the share of CLS itself was dropped or scaled away. "
@@ -86,8 +86,9 @@ def _attention_row(each: Seen) -> list[str]:
     told = [" ".join(_texts(scores.get(f"attention_{group}"))) for group in GROUPS]
     patches, registers = last(each, "share_patches") or 0.0, last(each, "share_registers")
     both = None if registers is None else patches / (patches + registers)
-    alike = f"{_even(each, 'patches'):.1f} %"
-    return [each.name, *told, "–" if both is None else f"{share(both)} : {share(1 - both)}", alike]
+    alike, heads = f"{_even(each, 'patches'):.1f} %", each.arrays["heads"][:, GROUPS.index("patches")]
+    by_head = f"{share(heads.min())} to {share(heads.max())}"
+    return [each.name, *told, "–" if both is None else f"{share(both)} : {share(1 - both)}", alike, by_head]
 
 
 def _texts(score: Any) -> tuple[str, ...]:
@@ -100,7 +101,7 @@ def tell_longest(seen: Sequence[Seen], album: Album) -> Finding:
     pictures = []
     if having:
         lengths = [each.arrays["lengths"][:1000] for each in seen]
-        figure = drawing.registers(names(seen), lengths, [each.arrays.get("profile") for each in seen])
+        figure = drawing.registers(names(seen), lengths, [_profile(each) for each in seen])
         caption = (
             "Norms of the registers, and the dimensions of the longest one before and after the norm of the block."
         )
@@ -123,6 +124,15 @@ def tell_longest(seen: Sequence[Seen], album: Album) -> Finding:
     )  # fmt: skip
 
 
+def _profile(each: Seen) -> NDArray[Any] | None:
+    """The strongest dimensions of the longest register before and after the norm, the first by the mean over all."""
+    if "profile" not in each.arrays:
+        return None
+    told, profile = details(each)["longest"], each.arrays["profile"]
+    mean = told["norms"][told["index"]] / each.evaluation.content["architecture"]["embed_dim"] ** 0.5
+    return np.stack([profile[0] / mean, profile[1]])
+
+
 def _longest_says(each: Seen) -> str:
     told = details(each)["longest"]
     if told is None:
@@ -130,7 +140,7 @@ def _longest_says(each: Seen) -> str:
     index, over = told["index"], told["over_second"]
     cosines = [told["cosine"][at][index] for at in range(2)]
     said = f"register {index} is the longest in {share(told['largest'][index])} of the images"
-    said += "" if over is None else f", {number(over)} times as long as the next on average"
+    said = "there is one register" if over is None else f"{said}, {number(over)} times as long as the next on average"
     said += f"; two images give it a cosine of {number(cosines[0], 4)}, and {number(cosines[1], 4)} as it is read"
     return said + ("" if over is None or over > 2 else "; no register stands out")
 
@@ -187,7 +197,7 @@ def _cka_says(each: Seen) -> str:
     said = f"debiased CKA with the whole: {', '.join(parts)}"
     patches, registers = found.get("patches"), found.get("registers")
     if patches is None:
-        return said + "; nothing that varies is read from patches"
+        return said + "; nothing that varies is read from patches, or there are too few images"
     if registers is not None and registers > patches:
         return said + "; registers alone are closer to the whole than patches are"
     return said + (

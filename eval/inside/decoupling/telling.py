@@ -21,7 +21,7 @@ def names(seen: Sequence[Seen]) -> list[str]:
 
 def number(value: float | None, digits: int = 2) -> str:
     """With so many digits after the point; "–" where it is undefined."""
-    return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
+    return "–" if value is None else f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")  # no "−0.00"
 
 
 def share(value: float | None) -> str:
