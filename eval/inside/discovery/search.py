@@ -19,7 +19,7 @@ from eval.inside.discovery.images import Sized, buckets, by_size
 from eval.inside.discovery.sweep import Found, Scale, Sweep
 from eval.suite import Context
 
-MEASURED = 16  # images on which the lengths of features are measured, for the biases that are tried
+MEASURED = 32  # images on which it is measured how long features and tokens are
 STANDS_OUT = 3  # standard deviations above the mean norm, the rule of test-time registers (Jiang et al., 2025)
 USUAL = 2**20  # pixels of an image whose annotation does not say, for the memory that workers share
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from eval.inside.discovery.pictures import NAMES, draw_curves, draw_features, draw_steps
 from eval.inside.discovery.rules import CENTRED, MINUS_MEAN, PUBLISHED
+from eval.inside.discovery.search import MEASURED
 from eval.inside.finding import Album, Finding, Seen, counted, percent
 from eval.metrics import share_interval
 from eval.report.paired import difference
@@ -82,12 +83,12 @@ def _steps(seen: Sequence[Seen], album: Album) -> Finding:
             f"The seed expands among the {_company(seen)} patches that agree with the fewest, whatever the number of "
             "patches. Where several patches agree with equally few, the first from the top left is the seed; the "
             "authors' code leaves that open.",
-            "A bias can make a seed disagree with itself. Then its own patch is the box, where the authors' code would "
-            "stop; how often that happened is said above.",
+            "With a bias, the seed can be outside of what grows from it. Then its own patch is the box, where the "
+            "authors' code would stop; how often that happened is said above.",
             "Only biases below 0 are tried: above 0 more patches agree, and boxes grow towards the whole image.",
-            "A patch stands out if its norm is above the mean by three standard deviations or more, which also some "
-            "patches of a network without artifacts do.",
-            "Biases are multiples of the patches' mean squared length, measured on a few images without labels.",
+            f"A patch stands out if its norm is beyond the mean plus three standard deviations on {MEASURED} of the "
+            "images. Some patches are in any network, also in one without artifacts.",
+            f"Biases are multiples of the patches' mean squared length on {MEASURED} of the images, without labels.",
         ],
     )  # fmt: skip
 
@@ -144,8 +145,8 @@ def _told_steps(seen: Seen) -> str:
     else:
         area = float(seen.arrays["areas"][0, 0, 0])
     return said + (
-        f"The box covers {100 * area:.0f} % of the image on average, and the seed disagreed with itself in "
-        f"{counted(outside, 'image')}. {_told_standing_out(details)}"
+        f"The box covers {100 * area:.0f} % of the image on average, and the seed was outside of what grew "
+        f"from it in {counted(outside, 'image')}. {_told_standing_out(details)}"
     )
 
 
@@ -156,19 +157,19 @@ def _told_standing_out(details: dict[str, Any]) -> str:
     if not first["patches"]:
         return f"No patch stands out by its norm {where} (cutoff {first['cutoff']:g})."
     ratios = [
-        f"{NAMES[name]} {ratio['value']:.2g} times ({ratio['low']:.2g} to {ratio['high']:.2g})"
+        f"{NAMES[name]} {ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
         for name, ratio in zip(details["features"], first["ratio"], strict=True)
         if ratio
     ]
     said = f"{percent(first['patches'] / first['of'])} of the patches stand out by their norm {where}"
-    how = "; from the mean of their image they are as far as the others, " + ", ".join(ratios) if ratios else ""
+    how = f"; times as far from the mean of their image as other patches: {', '.join(ratios)}" if ratios else ""
     return f"{said} (beyond {first['cutoff']:g}){how}."
 
 
 def _basis(seen: Seen) -> str:
     details = seen.evaluation.details
     few, middle, many = details["patches"]
-    size = f"{few:,} patches each" if few == many else f"{few:,} to {many:,} patches each, {middle:,} in the middle"
+    size = f"{few:,} patches each" if few == many else f"{few:,} to {many:,} patches each, median {middle:,}"
     said = f"{counted(details['images'], 'image')} of {seen.evaluation.data['name']}, {size}"
     if chosen := details["chosen"]:
         said += f"; chosen on {chosen['tuning'][1]:,} of them, judged on {chosen['tested'][1]:,}"
