@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dinoreg.config import ConfigError
 from eval.compute import autocast
+from eval.inside.finding import Seen, counted
 from eval.inside.look import Look, LookConfig
 
 if TYPE_CHECKING:
@@ -80,6 +81,18 @@ def sheet(rows: int, columns: int, text: float = 0.18) -> tuple[Figure, NDArray[
 def fitting(text: str, width: float) -> float:
     """The size of letters, in points, at which a line is no wider than so many inches."""
     return max(5.0, min(10.0, 72 * width / (0.6 * max(1, len(text)))))
+
+
+def basis(seen: Sequence[Seen]) -> str:
+    """On how many images and tokens figures stand; said once where that is the same for all networks."""
+    said = []
+    for each in seen:
+        details: Any = each.details
+        images, patches = details["images"], details["patches"]
+        said.append(f"{counted(images, 'image')} of {patches:,} patches ({images * patches:,} in all)")
+    if len(set(said)) == 1:
+        return said[0] + (", for each network" if len(said) > 1 else "")
+    return "; ".join(f"{each.name}: {text}" for each, text in zip(seen, said, strict=True))
 
 
 def draw_photo(axes: Axes, photo: NDArray[np.uint8]) -> None:

@@ -67,7 +67,9 @@ def head_maps(each: Seen, at: int, album: Album) -> Picture:
             cells[1 + number].set_xlabel(f"{100 * mass:.2g} % on outliers", fontsize=7, labelpad=2)
     for cell in cells[1 + len(maps) :]:
         cell.set_visible(False)
-    caption = f"{each.name}: the class token's attention in each head. Percentages are means over all images."
+    caption = f"{each.name}: the class token's attention in each head."
+    if told[0]["outlier_mass"] is not None:
+        caption += " Framed: outliers by their norm. Percentages are means over all images."
     return album.save(figure, f"attention_heads_{at}", caption)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from eval.inside.attention.pictures import average_maps, cls_maps, head_maps, register_maps, similarities
 from eval.inside.finding import Album, Finding, Seen, counted, percent
+from eval.inside.maps import basis
 from eval.results import Score
 
 MANY_TIMES = 2.0  # as much attention as its share of the patches: outliers that get less are no artifacts of the map
@@ -39,7 +40,7 @@ def _of_cls(seen: Sequence[Seen], album: Album) -> Finding:
         " ".join(map(_told_cls, seen)),
         "The paper's figures 1, 2, 18 and 19: without registers the maps of large networks are full of isolated bright "
         "patches, in all heads, though not equally; with registers (one is enough, figure 8) they are clean.",
-        "; ".join(map(_basis, seen)),
+        basis(seen),
         pictures,
         ["network", "spread evenly", "as if on so many patches", "brightest patch, of the median", "on patches",
          "outliers among patches", "attention on them", "times their share"],
@@ -119,7 +120,7 @@ def _of_registers(mine: Sequence[Seen], seen: Sequence[Seen], album: Album) -> F
         " ".join(map(_told_registers, mine)),
         "The paper's figure 9: some registers look at different things on the photo, as if each had its own, though "
         "nothing in the training asks for that. It gives no figure for it.",
-        "; ".join(map(_basis, mine)),
+        basis(mine),
         [*pictures, similarities(mine, album)],
         ["network and token", "spread evenly", "brightest patch, of the median", "on patches", "attention on outliers"],
         [row for each in mine for row in _token_rows(each)],
@@ -178,7 +179,7 @@ def _of_average(seen: Sequence[Seen], album: Album) -> Finding:
         " ".join(map(_told_average, seen)),
         "The paper's figure 16: blobs around the centre of the image; one of four registers prefers the border, "
         "one the upper part; the map of a patch is much more local.",
-        "; ".join(map(_basis, seen)),
+        basis(seen),
         [average_maps(seen, album)],
         ["network and token", "centre, across", "centre, down", "a border patch, of one inside", "reach"],
         [row for each in seen for row in _place_rows(each)],
@@ -233,12 +234,6 @@ def _tokens(each: Seen) -> list[dict[str, Any]]:
 
 def _registers(each: Seen) -> int:
     return len(_tokens(each)) - 2  # without CLS and the patch
-
-
-def _basis(each: Seen) -> str:
-    details: Any = each.details
-    tokens = details["images"] * details["patches"]
-    return f"{each.name}: {counted(details['images'], 'image')} of {details['patches']:,} patches ({tokens:,} in all)"
 
 
 def _settings(seen: Sequence[Seen]) -> list[str]:

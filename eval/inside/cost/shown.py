@@ -56,6 +56,7 @@ def findings(seen: Sequence[Seen], album: Album) -> list[Finding]:
                 "there are blocks), and again by a formula from the layers' shapes.",
                 "A multiplication with its addition counts as two operations. Norms, softmax and activations count "
                 "for nothing. The heads of training are left out.",
+                "A register is one token beside those of the patches: on small images, which have few, it adds more.",
                 "Registers are added to the network's own architecture: without any, it is what is called 0 here, "
                 "whatever the network has. The mask token counts among the parameters.",
                 "The paper does not say how it counted, nor at which image size; the grey curve is the formula's for "

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from dinoreg.models.maps import component_colours
 from eval.inside.features.measures import SIGMAS
-from eval.inside.finding import COLOURS, Album, Finding, Picture, Seen, counted, percent
-from eval.inside.maps import MOST_PHOTOS, WIDTH, bare, draw_photo, fitting, sheet
+from eval.inside.finding import COLOURS, Album, Finding, Picture, Seen, percent
+from eval.inside.maps import MOST_PHOTOS, WIDTH, bare, basis, draw_photo, fitting, sheet
 from eval.results import Score
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def findings(seen: Sequence[Seen], album: Album) -> list[Finding]:
             "The paper's figure 20 (15 in its first version) shows this map, and gives no figures for it. Its figure "
             "17 shows three components of MAE, which has no artifacts: the authors suppose because it learns from "
             "patches alone.",
-            "; ".join(map(_basis, seen)),
+            basis(seen),
             [*pictures, spectrum(seen, album)],
             ["network", "first component, each image by itself", "first three", "beyond 3 σ",
              "like its neighbours", "explained by the norm", "all images: first", "explained by place", "by norm"],
@@ -167,12 +167,6 @@ def _row(each: Seen) -> list[str]:
 
 def _text(score: Score, unit: str) -> str:
     return f"{score.value:.3g}{unit} ({score.low:.3g} to {score.high:.3g})"
-
-
-def _basis(each: Seen) -> str:
-    details: Any = each.details
-    tokens = details["images"] * details["patches"]
-    return f"{each.name}: {counted(details['images'], 'image')} of {details['patches']:,} patches ({tokens:,} in all)"
 
 
 def _setting(each: Seen) -> str:
