@@ -11,7 +11,7 @@ from dinoreg.pages import Html, bullets, facts, figure, folded, image, note, pag
 from eval.inside.finding import Album, Finding, Picture, Seen
 from eval.report.read import Evaluation, find_evaluations, name_of
 from eval.results import write_atomically
-from eval.suites import EXPERIMENTS
+from eval.suites import EXPERIMENTS, Suite
 
 PAGE = "inside.html"
 PAPER = "“Vision Transformers Need Registers” (Darcet et al., ICLR 2024)"
@@ -64,9 +64,20 @@ def write_inside(groups: Sequence[Sequence[Evaluation]], folder: Path) -> Path:
             if each.suite == name
         ]
         if seen:
-            found += suite.teller()(seen, album)
+            found += _told(suite, seen, album)
     content = inside_page(groups, names, sorted(found, key=_place), folder).encode()
     return write_atomically(folder / PAGE, lambda file: file.write(content))
+
+
+def _told(suite: Suite, seen: Sequence[Seen], album: Album) -> list[Finding]:
+    """Raises ConfigError where results lack what the figures are drawn from."""
+    try:
+        return suite.teller()(seen, album)
+    except KeyError as error:
+        places = ", ".join(str(each.evaluation.path) for each in seen)
+        raise ConfigError(
+            f"{places}: written by another version, which did not measure {error}: run dinoreg-eval {suite.name} again"
+        ) from error
 
 
 def short_names(groups: Sequence[Sequence[Evaluation]]) -> list[str]:
