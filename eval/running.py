@@ -21,8 +21,9 @@ from dinoreg.config import ConfigError, load
 from dinoreg.data.workers import choose_workers
 from dinoreg.models.files import FOLDER_FILES
 from dinoreg.parallel.mesh import Ranks, setup_ranks
-from eval.backbone import Backbone, open_backbone
+from eval.backbone import Backbone
 from eval.inside.page import gather, write_inside
+from eval.inside.testtime.network import open_weights
 from eval.report.page import write_report
 from eval.results import FILE, Result, write_result
 from eval.suite import Context, Place
@@ -152,7 +153,7 @@ def open_checkpoints(asked: Namespace, alone: bool) -> list[Checkpoint]:
     With --output the results of each checkpoint get a folder of its name there, where there are several of them.
     """
     names = [asked.weights, *asked.compare]
-    backbones = [open_backbone(name) for name in names]
+    backbones = [open_weights(name) for name in names]
     if not asked.output:
         homes = [home_of(Path(name), backbone) for name, backbone in zip(names, backbones, strict=True)]
     elif len(names) == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -69,14 +70,15 @@ def run(backbone: Backbone, cfg: AddedRegistersConfig, context: Context) -> Resu
     look = Look(backbone, cfg, context)
     cutoff = cfg.cutoff or _three_sigmas(look, detect)
     sums = _tally(look, detect, cutoff)
-    found = given or _find(backbone, cfg, sums, detect)
+    found = given or _find(backbone, cfg, sums, detect, context.weights)
     said = ["the neurons were given, not found here"] if given else []
     networks = _networks(backbone, found)
     frozen = freeze(look, cfg.probe)
     rows, counts = _measure(look, networks, frozen, detect, cutoff)
     scores = _scores(rows)
     if found and context.ranks.is_main:
-        found.write(context.output / FILE, cutoff=cutoff, detect=detect)
+        path = found.write(context.output / FILE, cutoff=cutoff, detect=detect)
+        context.say(f"this network with the added token, for any experiment: --weights {path}")
     arrays = {f"counts: {name}": counts[name] for name in networks} | _photos(look, networks, detect)
     result = look.result(
         "test-time-registers", scores, [*said, *_notes(sums, detect, found)], arrays=arrays,
@@ -133,13 +135,16 @@ def _over_ranks(look: Look, value: Tensor) -> Tensor:
     return torch.stack(look.context.ranks.gather_objects(value)).sum(0)
 
 
-def _find(backbone: Backbone, cfg: AddedRegistersConfig, sums: Tally, detect: int) -> Neurons | None:
+def _find(
+    backbone: Backbone, cfg: AddedRegistersConfig, sums: Tally, detect: int, weights: Path | None
+) -> Neurons | None:
     """None where there is no outlier."""
     if not sums.patches[0] or not sums.patches[1]:
         return None
     top = _top_layer(backbone, cfg, sums, detect)
     neurons = strongest(sums.mean_activation[0], top, cfg.top_k)
-    return Neurons(tuple(neurons), cfg.registers, cfg.copied, cfg.silenced, backbone.digest)
+    where = str(weights.resolve()) if weights else ""
+    return Neurons(tuple(neurons), cfg.registers, cfg.copied, cfg.silenced, backbone.digest, where)
 
 
 def _top_layer(backbone: Backbone, cfg: AddedRegistersConfig, sums: Tally, detect: int) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 from dinoreg.config import ConfigError
 from dinoreg.models.layers import Block
 from dinoreg.models.vit import VisionTransformer
-from eval.backbone import Backbone
+from eval.backbone import Backbone, open_backbone
 from eval.inside.intervene import EditedBlock, hidden_width
 from eval.results import write_json
 
@@ -33,8 +33,8 @@ class Neurons:
 
     neurons: (block, neuron), the strongest first. registers: tokens that are added, each of which is given all of it; 0
     only silences the neurons. copied: the activation that a register is given: the largest of the image's patches, or
-    the one farthest from zero ("strongest"). silenced: on patches, or also on CLS and trained registers. digest: of the
-    network they were found in.
+    the one farthest from zero ("strongest"). silenced: on patches, or also on CLS and trained registers. digest,
+    weights: of the network they were found in, and where its file was.
     """
 
     neurons: tuple[tuple[int, int], ...]
@@ -42,6 +42,7 @@ class Neurons:
     copied: Copied = "strongest"
     silenced: Silenced = "patches"
     digest: str = ""
+    weights: str = ""
 
     def by_block(self) -> dict[int, list[int]]:
         found: dict[int, list[int]] = {}
@@ -58,16 +59,16 @@ def read_neurons(path: str | Path) -> Neurons:
     try:
         content = json.loads(Path(path).read_text())
         pairs = tuple((int(block), int(neuron)) for block, neuron in content["neurons"])
-        found = Neurons(pairs, *(content[key] for key in ("registers", "copied", "silenced", "digest")))
+        found = Neurons(pairs, *(content[key] for key in ("registers", "copied", "silenced", "digest", "weights")))
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}", "--test-time-registers") from error
+        raise ConfigError(f"{path} cannot be read: {error.strerror}", "--weights") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path} holds no register neurons: `dinoreg-eval test-time-registers` writes neurons.json",
-            "--test-time-registers",
+            "--weights",
         ) from error
     if not (found.neurons and isinstance(found.registers, int) and found.registers > 0):
-        raise ConfigError(f"{path} names no neurons, or no register", "--test-time-registers")
+        raise ConfigError(f"{path} names no neurons, or no register", "--weights")
     return found
 
 
@@ -91,7 +92,7 @@ class AddedRegisters(VisionTransformer):
         for index, neurons in found.by_block().items():
             block = model.blocks[index] if index in range(model.depth) else None
             if not isinstance(block, Block) or not all(each in range(hidden_width(block.mlp)) for each in neurons):
-                raise ConfigError(f"the network has no neuron {max(neurons)} in block {index}", "--test-time-registers")
+                raise ConfigError(f"the network has no neuron {max(neurons)} in block {index}", "--weights")
             shared = made.blocks[index]
             assert isinstance(shared, Block)
             first = 1 + model.num_registers
@@ -137,8 +138,19 @@ class RegisteredBackbone(Backbone):
     @cached_property
     def digest(self) -> str:
         """Differs with the weights and with what is done to them."""
-        said = json.dumps(asdict(replace(self.neurons, digest="")), sort_keys=True)
+        said = json.dumps(asdict(replace(self.neurons, digest="", weights="")), sort_keys=True)
         return hashlib.sha256(f"{self.plain.digest} {said}".encode()).hexdigest()[:16]
+
+
+def open_weights(name: str | Path) -> Backbone:
+    """What `open_backbone` opens, or a neurons.json, which stands for its network with the registers.
+
+    Raises WeightsError, or ConfigError where the file is none or its network is another one by now.
+    """
+    path = Path(name)
+    if path.suffix != ".json" or not path.is_file():
+        return open_backbone(name)
+    return with_test_time_registers(open_backbone(read_neurons(path).weights), path)
 
 
 def with_test_time_registers(backbone: Backbone, path: str | Path) -> RegisteredBackbone:
@@ -147,6 +159,6 @@ def with_test_time_registers(backbone: Backbone, path: str | Path) -> Registered
     if found.digest != backbone.digest:
         raise ConfigError(
             f"the neurons of {path} were found in other weights (hash {found.digest}, these are {backbone.digest})",
-            "--test-time-registers",
+            "--weights",
         )
     return RegisteredBackbone(backbone, found)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dinoreg.config import ConfigError
 from dinoreg.models.vit import ModelConfig, build_vit
+from dinoreg.models.weights import save_backbone
 from dinoreg.parallel.mesh import Ranks
 from eval.backbone import Backbone
 from eval.inside.testtime.network import (
@@ -22,6 +23,7 @@ from eval.inside.testtime.network import (
     Neurons,
     RegisteredBackbone,
     move,
+    open_weights,
     read_neurons,
     with_test_time_registers,
 )
@@ -147,6 +149,18 @@ def test_a_network_without_outliers_is_left_as_it_is(scene: Path, tmp_path: Path
     assert any("nothing to move" in note for note in result.notes)
     assert result.scores["outliers_before"].value == 0
     assert not (tmp_path / "out" / "neurons.json").exists()
+
+
+def test_a_file_of_neurons_is_opened_like_weights(tmp_path: Path) -> None:
+    model = planted_network()
+    weights = tmp_path / "plain.safetensors"
+    save_backbone(weights, model.state_dict(), model.config, {})
+    plain = open_weights(weights)
+    found = Neurons(((1, 3),), digest=plain.digest, weights=str(weights))
+    opened = open_weights(found.write(tmp_path / "neurons.json"))
+    assert isinstance(opened, RegisteredBackbone)
+    assert opened.layers(pictures(), [-1], norm=False)[0].patches.norm(dim=-1).max() < 40
+    assert (opened.num_registers, plain.num_registers) == (1, 0)
 
 
 @pytest.mark.parametrize("content", ["nonsense", "{}", json.dumps({"neurons": [], "registers": 1})])
