@@ -27,7 +27,8 @@ class Clouds:
 
     centres: norms at the two Gaussians' means, the lower first; shares: their weights; spreads: their standard
     deviations in units of ln(norm). bic_gain: by how much the two beat the one by BIC, a token, in nats. depth: density
-    in the valley by that of the lower peak, 1 where the fit has one peak. valley: where it is lowest between them.
+    in the valley by that of the lower peak, 1 where there is one peak, of the fit or of the tokens, whichever is less
+    deep. valley: the norm between the peaks at which tokens are rarest.
     """
 
     two: bool
@@ -112,10 +113,10 @@ def find_upper_cloud(counts: Counts) -> Clouds | None:
 def fit_clouds(counts: Counts) -> Clouds:
     """Fits both to a histogram (BINS,).
 
-    There are two clouds where two Gaussians are better by BIC and their sum has two peaks with a valley between. BIC
-    alone would call every skewed cloud two, for the tokens of many images are so many that any difference from a
-    Gaussian is certain. Of the fits that are reached from several starts one with two peaks is preferred, for where
-    there are three clouds, the best may be a narrow Gaussian upon a broad one.
+    There are two clouds where two Gaussians are better by BIC, and both their sum and the tokens have two peaks with a
+    valley between. BIC alone would call every skewed cloud two, for the tokens of many images are so many that any
+    difference from a Gaussian is certain. Of the fits that are reached from several starts one with two peaks is
+    preferred, for where there are three clouds, the best may be a narrow Gaussian upon a broad one.
     """
     kept = np.flatnonzero(counts)
     total = int(counts.sum())
@@ -126,22 +127,27 @@ def fit_clouds(counts: Counts) -> Clouds:
     mean = float(weight @ x)
     spread = max(math.sqrt(float(weight @ (x - mean) ** 2)), NARROWEST)
     alone = float(weight @ _log_normal(x, mean, spread))
-    fits = [_judge(*_climb(x, weight, start), alone, total) for start in _starts(x, weight)]
+    fits = [_judge(x, weight, *_climb(x, weight, start), alone, total) for start in _starts(x, weight)]
     return max(fits, key=lambda fit: (fit.two, fit.bic_gain))
 
 
-def _judge(together: float, means: Floats, spreads: Floats, shares: Floats, alone: float, total: int) -> Clouds:
+def _judge(
+    x: Floats, weight: Floats, together: float, means: Floats, spreads: Floats, shares: Floats, alone: float, total: int
+) -> Clouds:
     """together, alone: the mean log density a token of two Gaussians and of one."""
     order = np.argsort(means)
     means, spreads, shares = means[order], spreads[order], shares[order]
     gain = together - alone - 1.5 * math.log(max(total, 2)) / total  # 3 more numbers, each worth half a log n
-    at, depth = _valley(means, spreads, shares)
+    between = np.linspace(means[0], means[1], 401)
+    _, fitted = _lowest(_mixture(between, means, spreads, shares))
+    at, seen = _lowest(_smoothed(between, x, weight, 0.5 * math.sqrt(spreads[0] * spreads[1])))
+    depth = max(fitted, seen)
     enough = shares.min() * total >= FEWEST and shares.min() >= LEAST
     two = gain > 0 and depth <= SHALLOW and bool(enough)
     low, high = np.exp(means).tolist()
     return Clouds(
         two, gain, depth, (low, high), (float(shares[0]), float(shares[1])), (float(spreads[0]), float(spreads[1])),
-        math.exp(at) if two else None, total,
+        math.exp(between[at]) if two else None, total,
     )  # fmt: skip
 
 
@@ -176,10 +182,19 @@ def _climb(x: Floats, weight: Floats, cut: float) -> tuple[float, Floats, Floats
     return reached, means, spreads, shares
 
 
-def _valley(means: Floats, spreads: Floats, shares: Floats) -> tuple[float, float]:
-    """Where, as ln(norm), the density is lowest between the two means, and that density by the lower peak's."""
-    x = np.linspace(means[0], means[1], 2001)
-    each = np.log(shares)[:, None] + _log_normal(x, means[:, None], spreads[:, None])
-    density = np.logaddexp(each[0], each[1])
+def _mixture(at: Floats, means: Floats, spreads: Floats, shares: Floats) -> Floats:
+    """Its log density."""
+    return np.logaddexp(*(np.log(shares)[:, None] + _log_normal(at, means[:, None], spreads[:, None])))
+
+
+def _smoothed(at: Floats, x: Floats, weight: Floats, width: float) -> Floats:
+    """The log density of the tokens themselves, smoothed by a Gaussian."""
+    each = _log_normal(at[:, None], x, width) + np.log(weight)
+    most = each.max(1, keepdims=True)
+    return most[:, 0] + np.log(np.exp(each - most).sum(1))
+
+
+def _lowest(density: Floats) -> tuple[int, float]:
+    """Where a log density is lowest, and how low by the lower one of the peaks on either side."""
     at = int(density.argmin())
-    return float(x[at]), float(np.exp(density[at] - min(density[: at + 1].max(), density[at:].max())))
+    return at, float(np.exp(density[at] - min(density[: at + 1].max(), density[at:].max())))

@@ -70,16 +70,16 @@ def _norms_row(each: Seen) -> list[str]:
 def _norms_how(seen: Sequence[Seen]) -> list[str]:
     said = [
         "Norms are of the residual stream, before the final norm, which would hide them.",
-        "Two clouds: two Gaussians on the logarithms of norms are better than one by BIC, and their sum "
-        "has two peaks with a "
-        "valley at most half as deep as the lower one. BIC alone calls any skewed cloud two where there "
-        "are many tokens.",
+        "Two clouds: two Gaussians on the logarithms of norms are better than one by BIC, and there are two peaks "
+        "with a valley between them that is at most half as high as the lower one. BIC alone calls any skewed cloud "
+        "two where there are many tokens.",
         "Outliers, by the valley: a minority of tokens, around a norm at least 1.5 times that of the others.",
     ]
     for each in seen:
         cut, layer = details(each)["cutoff"], details(each)["layer"]
         on = f", found on {counted(cut['images'], 'image')}" if cut["images"] else ""
-        said.append(f"{each.name}: layer {layer}; {cut['how']}{on}; with it every token of every image was counted.")
+        told = "; every token of every image was held against it" if cut["value"] is not None else ""
+        said.append(f"{each.name}, after layer {layer}: {cut['how']}{on}{told}.")
     return said
 
 

@@ -73,6 +73,7 @@ ONE = {
     "skewed to the left": 200 - np.random.default_rng(2).gamma(2.0, 15.0, 30000).clip(max=190),
     "heavy tails": 40 * np.exp(0.2 * np.random.default_rng(3).standard_t(3, 30000)),
     "flat": np.random.default_rng(4).uniform(20, 60, 30000),
+    "heaped at the end": np.minimum(bulk(30000, 5, 0.45), 13.0 * (1 + 0.02 * np.random.default_rng(5).random(30000))),
     "all alike": np.full(30000, 7.0),
 }
 
