@@ -15,6 +15,7 @@ from eval.report.pictures import pictures
 from eval.report.read import Evaluation, by_checkpoint, find_evaluations, find_scores, name_of
 from eval.report.wording import about, differences, notes, protocol, standard_of
 from eval.results import write_atomically
+from eval.suites import EXPERIMENTS
 
 PAGE = "report.html"
 BAD_SHOWN = 20
@@ -36,7 +37,7 @@ def main(words: Sequence[str]) -> int:
     )
     asked = parser.parse_args(words)
     groups = [gather(folder) for folder in (asked.folder, *asked.compare)]
-    if len(groups[0]) < len(find_evaluations(asked.folder)):
+    if any(each.suite not in EXPERIMENTS for each in find_evaluations(asked.folder)):
         print(write_report(asked.folder))
     if groups[0]:
         print(write_inside([group for group in groups if group], place_of(asked.folder)))
