@@ -22,6 +22,7 @@ from eval.inside.discovery.lost import COMPANY
 from eval.inside.discovery.photos import as_arrays, look_at
 from eval.inside.discovery.search import Outcome, Search
 from eval.inside.discovery.sweep import Scale, Sweep
+from eval.probe import all_alike
 from eval.results import Result
 from eval.suite import Context
 
@@ -189,6 +190,8 @@ def _notes(cfg: DiscoveryConfig, verdict: Verdict, search: Search, short: int, t
             f"corloc_tuned: block, feature and bias were chosen by the boxes of {int(verdict.tuning.sum())} images, "
             f"and the score is of the {int((~verdict.tuning).sum())} others; all other scores are of all images"
         )
+        counts = outcome.right[verdict.tuning][..., : len(tried)].sum(0)
+        notes += all_alike((100 * counts / verdict.tuning.sum()).ravel().tolist())
         if (best := tried[verdict.best_of_all().bias]) and best == min(tried):
             notes.append(f"the chosen bias, {best:g}, is the lowest that was tried: a lower one may be better")
     else:

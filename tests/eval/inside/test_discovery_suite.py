@@ -84,6 +84,12 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     assert one == other == tolerant(Ranks.alone(), tmp_path / "alone", data)
 
 
+def test_a_choice_among_equals_is_said_to_mean_nothing(tmp_path: Path) -> None:
+    data = write_objects(tmp_path / "data", 4)
+    result = discover(tmp_path, data, "biases=[0.0]", "features=[q,v]")
+    assert result.notes[-1] == "all 4 are as good on these (100 %): the choice means nothing"
+
+
 def test_bad_images_are_counted_and_too_many_are_an_error(tmp_path: Path) -> None:
     data = write_objects(tmp_path / "data", 5)
     (data / "JPEGImages" / "000002.jpg").unlink()
