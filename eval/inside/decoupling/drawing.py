@@ -236,7 +236,8 @@ def registers(names: Sequence[str], lengths: Sequence[NDArray[Any]], profiles: S
         axis.set_xlabel("dimension, by size in the stream", fontsize=9)
         axis.set_ylim(bottom=0)
         _plain(axis)
-    before.set_ylabel("rms over images, by that of all dimensions", fontsize=9)
+    before.set_ylabel("rms, 1 = that of all dimensions", fontsize=9)
+    after.set_ylabel("rms over images", fontsize=9)
     _plain(norms)
     _name(figure, names)
     return figure

@@ -45,7 +45,7 @@ def tell_attention(seen: Sequence[Seen], album: Album) -> Finding:
         "CLS is read as the description of the whole image. In the last layer, does it still take it from the patches?",
         each_says(seen, _attention_says),
         "DINOv2 with registers: S and B look mostly at patches, L and g mostly at registers; in g this differs widely "
-        "between images, and some almost ignore patches [P, no figures in the text].",
+        "between images, and some almost ignore patches [P, which gives no numbers].",
         basis(seen), [picture],
         ["network", *(f"to {WORDS[group]}" for group in GROUPS), "patches : registers, without CLS",
          "patches, were all tokens read alike", "patches, by head"],
@@ -171,10 +171,11 @@ def tell_cka(seen: Sequence[Seen], album: Album) -> Finding:
     )
     return Finding(
         "L3", "Which part of CLS is like the whole",
-        "Keep only what CLS reads from patches, or only what it reads from registers. Are images still laid out alike?",
+        "Keep only what CLS reads from patches, or only what it reads from registers. Are images still laid out alike? "
+        "(CKA: 1 is the same, 0 is nothing in common.)",
         each_says(seen, _cka_says),
         "DINOv2 with registers: patches alone are almost the same as the whole for S and B, less so with size; for g "
-        "registers alone are closer to the whole than patches alone. The same on ImageNet [P, no figures in the text].",
+        "registers alone are closer to the whole than patches alone. The same on ImageNet [P, which gives no numbers].",
         basis(seen), [album.save(figure, "L3_cka", caption)],
         ["network", "part", "CKA", "chance", "debiased", "mean cosine to the whole", "CKA with the stream",
          "CKA after the final norm"],
@@ -235,7 +236,7 @@ def tell_one_shot(seen: Sequence[Seen], album: Album) -> Finding | None:
         "L4", "One training image a class",
         "A classifier learns classes from whole outputs. Does it still find them when given one part only?",
         each_says(seen, _shots_say),
-        "DINOv2 with registers, 1,000 classes, top-5: patches alone do poorly for L and g [P, no figures in the text].",
+        "DINOv2 with registers, 1,000 classes, top-5: patches alone do poorly for L and g [P, which gives no numbers].",
         "; ".join(dict.fromkeys(_shots_basis(each) for each in seen)),
         [album.save(figure, "L4_one_shot", caption)],
         ["network", "given", "top-1", "top-5", "with the stream, top-1", "after the final norm, top-1"],
@@ -304,7 +305,7 @@ def tell_photos(seen: Sequence[Seen], album: Album) -> Finding | None:
         each_says(seen, lambda each: _photos_say(each, cosines[list(seen).index(each)])),
         "DINOv2-g with registers: an image with a clean attention map, whose patches alone give an output with a "
         "cosine of −0.0092 to the whole [P].",
-        f"{len(cosines[0])} photos, of those that are looked at",
+        f"{len(cosines[0])} photos; means are over all: {basis(seen)}",
         [album.save(figure, "L5_photos", caption)],
         how=["Brightness is scaled for each map, from the patch that is read least to the one that is read most, but "
              "for the brightest 1 %. Below it, the smallest and the largest weight by the mean of the map.",

@@ -78,17 +78,20 @@ def each_says(seen: Sequence[Seen], say: Callable[[Seen], str]) -> str:
     return " ".join(f"{each.name}: {say(each)}." for each in seen)
 
 
-def basis(seen: Sequence[Seen], what: str = "") -> str:
+def basis(seen: Sequence[Seen]) -> str:
     """How many images and tokens the figures stand on."""
-    said = [
-        f"{counted(told['images'], 'image')}, of each {1 + told['registers'] + told['patches']:,} tokens "
-        f"({counted(told['patches'], 'patch') if told['patches'] == 1 else format(told['patches'], ',') + ' patches'}, "
-        f"{counted(told['registers'], 'register')}, CLS){what}"
-        for told in map(details, seen)
-    ]
-    if len(set(said)) == 1:
-        return said[0] + (", for each network" if len(seen) > 1 else "")
-    return "; ".join(f"{each.name}: {text}" for each, text in zip(seen, said, strict=True))
+    found = [(told["images"], told["patches"], told["registers"]) for told in map(details, seen)]
+    if len({each[:2] for each in found}) == 1:
+        images, patches, _ = found[0]
+        registers = " or ".join(str(each) for each in sorted({each[2] for each in found}))
+        whose = ", for each network" if len(seen) > 1 else ""
+        return (
+            f"{counted(images, 'image')}{whose}; of each the {patches:,} patches, CLS and the registers ({registers})"
+        )
+    return "; ".join(
+        f"{each.name}: {counted(images, 'image')}, of each the {patches:,} patches, CLS and the registers ({registers})"
+        for each, (images, patches, registers) in zip(seen, found, strict=True)
+    )
 
 
 def chosen(seen: Sequence[Seen]) -> list[str]:
