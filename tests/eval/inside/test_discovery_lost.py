@@ -21,7 +21,7 @@ from eval.inside.discovery.rules import centre, minus_mean, unit
 from eval.inside.discovery.sweep import Sweep
 from eval.suite import Place
 
-COUNT = 12  # images
+COUNT = 20  # images
 
 
 def slow_lost(
