@@ -54,7 +54,7 @@ class KnockoutConfig(LookConfig):
 
     @staticmethod
     def quick() -> list[str]:
-        return ["images=100", "train_images=2000", "layers=3", "masked_images=20", "left_out_images=2"]
+        return ["images=64", "train_images=1000", "layers=3", "masked_images=16", "left_out_images=2"]
 
     def check(self) -> None:
         """Raises ConfigError."""

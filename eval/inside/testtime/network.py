@@ -135,6 +135,12 @@ class RegisteredBackbone(Backbone):
         registers = f"{found.registers} test-time register{'s' * (found.registers != 1)}"
         self.found = f"{plain.found}; {registers} ({len(found.neurons)} neurons)"
 
+    def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> RegisteredBackbone:
+        """Also of the network without them, which a comparison runs."""
+        self.plain.to(device, dtype)
+        super().to(device, dtype)
+        return self
+
     @cached_property
     def digest(self) -> str:
         """Differs with the weights and with what is done to them."""
