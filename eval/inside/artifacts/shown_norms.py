@@ -35,8 +35,8 @@ def tell_norms(seen: Sequence[Seen], album: Album) -> Finding:
         "1.1", "Tokens that stand out by their norm",
         "Are a few patch tokens far longer than the rest?",
         each_says(seen, _norms_say),
-        "DINOv2 ViT-g: 2.37 % of the patch tokens are longer than 150 while the rest lie below 100, about ten times as "
-        "long as the others. DINO ViT-B shows no such tokens [P].",
+        "DINOv2 ViT-g: 2.37 % of the patch tokens are longer than 150 while the rest lie below 100, about ten times "
+        "as long as the others. DINO ViT-B shows no such tokens [P].",
         basis(seen), pictures,
         ["network", "median", "99.9 %", "largest", "outliers", "95 % interval", "beyond mean + 3 std", "two clouds?"],
         [_norms_row(each) for each in seen],
@@ -103,18 +103,15 @@ def tell_layers(seen: Sequence[Seen], album: Album) -> Finding:
         "1.2", "Where in the network, when in training, and in which size they appear",
         "In which layer do outliers part from the others, and is it attention or the feed-forward that lengthens them?",
         each_says(seen, _layers_say),
-        "In DINOv2 ViT-g (40 layers) they part around layer 15, after a third of the training, and only "
-        "the sizes L, H and g "
-        "have them. In DINOv2 ViT-L the feed-forward of layer 17 makes them, in OpenCLIP ViT-B/16 that of "
-        "layer 6 (Jiang "
-        "et al. 2025) [P].",
+        "In DINOv2 ViT-g (40 layers) they part around layer 15, after a third of the training, and only the sizes "
+        "L, H and g have them. In DINOv2 ViT-L the feed-forward of layer 17 makes them, in OpenCLIP ViT-B/16 that "
+        "of layer 6 (Jiang et al. 2025) [P].",
         basis(seen), pictures,
         ["network", "width x layers", "outliers", "made by", "growth there", "times as long in the end"],
         [_layers_row(each) for each in seen],
         ["Along the training: each checkpoint was shown a part of the images, and its cutoff found by the same rule.",
-         "The layer is where the median norm of the patches that are outliers grows most against that of "
-         "the others; layers "
-         "count from 0."],
+         "The layer is where the median norm of the patches that are outliers grows most against that of the "
+         "others; layers count from 0."],
     )  # fmt: skip
 
 
@@ -134,9 +131,11 @@ def _steps_say(each: Seen) -> str:
         return ""
     told = details(each)["steps"]["told"]
     having = [at for at in told if at["own_share"]]
-    what = f"{counted(len(told), 'checkpoint')} of the run, steps {told[0]['step']:,} to {told[-1]['step']:,}"
+    images = counted(details(each)["steps"]["images"], "image")
+    steps = f"steps {told[0]['step']:,} to {told[-1]['step']:,}"
+    what = f"{counted(len(told), 'checkpoint')} of the run ({images} each), {steps}"
     if not having:
-        return f"; none of {what}, has any either"
+        return f"; none of {what}, has any"
     first = having[0]
     return (
         f"; of {what}, {len(having)} have some by their own cutoff, the first at step {first['step']:,} "
@@ -174,17 +173,14 @@ def tell_types(seen: Sequence[Seen], album: Album) -> Finding:
         "1.6", "Norms by type of token, with and without registers",
         "Do registers take over: are patches then free of outliers, and which tokens are long instead?",
         each_says(seen, lambda each: _types_say(each, reference)),
-        "For DINOv2, OpenCLIP and DeiT-III the outliers among patches are gone with registers; high norms "
-        "are left in some "
-        "registers only, about the same in every image [P].",
+        "For DINOv2, OpenCLIP and DeiT-III the outliers among patches are gone with registers; high norms are left "
+        "in some registers only, about the same in every image [P].",
         basis(seen), [album.save(figure, "1.6_types", caption)],
         ["network", "token", "median", "1 to 99 %", "largest", "variation (CV)", "beyond the cutoff"],
         rows,
-        ["CV: standard deviation over images divided by the mean. 'Beyond the cutoff': with the cutoff of "
-         "the first network "
-         "without registers that has one, for all networks, read off histograms whose bins are 1.1 % "
-         "wide; '–' where there "
-         "is none."],
+        ["CV: standard deviation over images divided by the mean. 'Beyond the cutoff': with the cutoff of the "
+         "first network without registers that has one, for all networks, read off histograms whose bins are 1.1 % "
+         "wide; '–' where there is none."],
     )  # fmt: skip
 
 

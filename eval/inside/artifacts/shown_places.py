@@ -23,16 +23,14 @@ def tell_neighbours(seen: Sequence[Seen], album: Album) -> Finding:
         "1.3", "Do outliers sit where there is nothing new to see?",
         "Are outliers patches that look like the patches beside them, before the network has looked at anything?",
         each_says(seen, _neighbours_say),
-        "In DINOv2 ViT-g outliers are very similar to their neighbours, with cosines piled up near 1; "
-        "normal patches spread "
-        "out [P].",
+        "In DINOv2 ViT-g outliers are very similar to their neighbours, with cosines piled up near 1; normal "
+        "patches spread out [P].",
         basis(seen),
         [album.save(figure, "1.3_neighbours", "Cosine of a patch to its neighbours after the patch embedding.")],
         ["network", "normal", "outliers", "AUROC", "95 % interval"],
         [_neighbours_row(each) for each in seen],
-        [f"Cosine of a patch to those above, below, left and right ({pairs}), {after} positions were "
-         f"added; patches on the "
-         f"border count {border}.",
+        [f"Cosine of a patch to those above, below, left and right ({pairs}), {after} positions were added; patches "
+         f"on the border count {border}.",
          "AUROC: the chance that an outlier is more like its neighbours than a normal patch is. 0.5 is chance."],
     )  # fmt: skip
 
@@ -71,23 +69,19 @@ def tell_places(seen: Sequence[Seen], album: Album) -> Finding:
         "1.12", "Where in the image they are, and what resampling of positions has to do with it",
         "Do outliers prefer certain positions: the border, or every other column?",
         each_says(seen, lambda each: _places_say(each) + _resampled_say(each)),
-        "Official DINOv2 resamples positions without antialiasing and has outliers in vertical stripes; "
-        "with antialiasing the "
-        "stripes are gone and a preference for the border stays. Some positions are outliers in more than 20 % of the "
-        "images [P].",
+        "Official DINOv2 resamples positions without antialiasing and has outliers in vertical stripes; with "
+        "antialiasing the stripes are gone and a preference for the border stays. Some positions are outliers in "
+        "more than 20 % of the images [P].",
         basis(seen), pictures,
-        ["network", "images of", "outliers", "border / inside", "95 % interval", "most at one place",
+        ["network", "seen with", "outliers", "border / inside", "95 % interval", "most at one place",
          "stripes of outliers", "stripes of norms"],
         [row for each in seen for row in (_places_row(each), *_resampled_rows(each))],
-        ["Stripes: autocorrelation at lag 2 of the mean by column, less its best parabola; 1 for every "
-         "other column, about 0 "
-         "without a pattern.",
-         "With and without antialiasing: the same network and cutoff, with images at a size for which "
-         "positions must be "
-         "resampled, and offset 0.",
-         "The gradient is of the sum of all resampled positions by each learnt one (figure 11): where it "
-         "is uneven, some "
-         "learnt positions count for more than others."],
+        ["Stripes: autocorrelation at lag 2 of the mean by column, less its best parabola; 1 for every other "
+         "column, about 0 without a pattern.",
+         "With and without antialiasing: the same network and cutoff, with images at a size for which positions "
+         "must be resampled, and offset 0.",
+         "The gradient is of the sum of all resampled positions by each learnt one (figure 11): where it is "
+         "uneven, some learnt positions count for more than others."],
     )  # fmt: skip
 
 
@@ -112,7 +106,9 @@ def _both_ways(each: Seen, album: Album) -> list[Picture]:
     gradients = list(each.arrays["resampling_gradients"])
     columns.append(("weight of learnt positions", gradients, drawing.around_zero(gradients)))
     figure = drawing.map_columns(titles, columns)
-    caption = f"{each.name}: {side} x {side} patches, positions resampled from {told['native']} x {told['native']}."
+    caption = (
+        f"{each.name}: {side} x {side} patches of {counted(images, 'image')}, from {told['native']} x {told['native']}."
+    )
     return [album.save(figure, f"1.12_antialias_{name}", caption)]
 
 
@@ -149,16 +145,15 @@ def _stripes(told: dict[str, Any]) -> str:
 
 def _places_row(each: Seen) -> list[str]:
     told, side = details(each)["places"], each.evaluation.protocol["grid"][0]
-    return _row(
-        each.name, f"{side} x {side} patches", told, number(told["border_ratio"]), interval(each, "border_ratio")
-    )
+    what = f"{side} x {side} patches, {counted(told['images'], 'image')}"
+    return _row(each.name, what, told, number(told["border_ratio"]), interval(each, "border_ratio"))
 
 
 def _resampled_rows(each: Seen) -> list[list[str]]:
     if "resampled" not in details(each):
         return []
     found = details(each)["resampled"]
-    size = f"{found['side']} x {found['side']}"
+    size = f"{found['side']} x {found['side']} patches, {counted(found['told'][0]['images'], 'image')}"
     kinds = ("antialiased", "aliased")
     return [_row(each.name, f"{size}, {kind}", told, "", "") for kind, told in zip(kinds, found["told"], strict=True)]
 

@@ -23,20 +23,18 @@ def tell_probes(seen: Sequence[Seen], album: Album) -> Finding | None:
         "1.4", "What outliers still know of their own patch",
         "Can a linear map read from a token where its patch lies, and what its pixels are?",
         each_says(seen, _probes_say),
-        "DINOv2 ViT-g: normal patches tell their position in 41.7 % of the cases, outliers in 22.8 %, "
-        "being off by 0.79 and "
-        "5.09 patches in the mean; the error of reconstructed pixels is 18.38 and 25.23 (figure 5b, read second-hand).",
+        "DINOv2 ViT-g: normal patches tell their position in 41.7 % of the cases, outliers in 22.8 %, being off by "
+        "0.79 and 5.09 patches in the mean; the error of reconstructed pixels is 18.38 and 25.23 (figure 5b, read "
+        "second-hand).",
         "; ".join(_probes_basis(each) for each in seen), (),
         ["network", "tokens", "number", "position", "95 % interval", "patches off", "95 % interval", "pixel error",
          "95 % interval", "mean patch's error"],
         [row for each in seen for row in _probes_rows(each)],
-        [f"One softmax over all positions, one ridge regression of the normalised pixels, from "
-         f"standardised tokens of the last "
-         f"layer; trained on every second image, tokens {mixed}; tested on the other images.",
-         "The pixel error is the L2 distance for a patch. What always guessing the mean patch costs "
-         "stands beside it, for flat "
-         "patches are easier to guess. Absolute errors cannot be compared with the paper's, whose scaling "
-         "is not given."],
+        ["One softmax over all positions, one ridge regression of the normalised pixels, from standardised tokens "
+         f"of the last layer; trained on every second image, tokens {mixed}; tested on the other images.",
+         "The pixel error is the L2 distance for a patch. What always guessing the mean patch costs stands beside "
+         "it, for flat patches are easier to guess. Absolute errors cannot be compared with the paper's, whose "
+         "scaling is not given."],
     )  # fmt: skip
 
 
@@ -101,17 +99,16 @@ def tell_single(seen: Sequence[Seen], album: Album) -> Finding | None:
         "1.5", "One token as the description of the whole image",
         "Does a single outlier tell what is in the whole image, where a single normal patch cannot?",
         each_says(seen, _single_say),
-        "DINOv2 ViT-g, mean of draws: on ImageNet CLS 86.0, a normal patch 65.8, an outlier 69.0; on "
-        "Aircraft 87.3, 17.1 and "
-        "79.1; on Caltech-101 96.9, 73.2 and 97.6 % [P]. With a register, it takes the outliers' part.",
+        "DINOv2 ViT-g, mean of draws: on ImageNet CLS 86.0, a normal patch 65.8, an outlier 69.0; on Aircraft 87.3, "
+        "17.1 and 79.1; on Caltech-101 96.9, 73.2 and 97.6 % [P]. With a register, it takes the outliers' part.",
         "; ".join(_single_basis(each) for each in seen),
         [album.save(figure, "1.5_single", caption)],
         ["network", "token", "top-1", "95 % interval", "std over draws", "mean of classes", "C"],
         [row for each in seen for row in _single_rows(each)],
-        [f"Logistic regression on one token an image; C is chosen on held-out training images in the first of "
+        ["Logistic regression on one token an image; C is chosen on held-out training images in the first of "
          f"{counted(how['draws'], 'draw')} of random tokens.",
-         "Images without an outlier count in no column, so that all columns are of the same images; '–' where too few "
-         "images have one, and then all images count."],
+         "Images without an outlier count in no column, so that all columns are of the same images; '–' where too "
+         "few images have one, and then all images count."],
     )  # fmt: skip
 
 
@@ -139,7 +136,7 @@ def _single_say(each: Seen) -> str:
         best = max(registers, key=lambda column: registers[column])
         said.append(f"best of the registers ({best}) {registers[best]:.1f} %")
     text = "top-1 accuracy from one token is " + ", ".join(said)
-    return text if _columns(each)["outlier"] else f"{text}; there are no outliers to classify with"
+    return text if _columns(each)["outlier"] else f"{text}; too few images have an outlier to classify by one"
 
 
 def _single_basis(each: Seen) -> str:
