@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from planted import GRID, mark, planted_network, write_planted, write_planted_classes
 
 from dinoreg.config import ConfigError, load
+from dinoreg.models.vit import ModelConfig, build_vit
 from dinoreg.models.weights import save_backbone
 from dinoreg.parallel.mesh import Ranks
 from eval.backbone import Backbone
@@ -257,3 +258,33 @@ def test_a_network_whose_tokens_are_no_numbers_is_refused(tmp_path: Path, images
     with pytest.raises(ConfigError, match="no finite numbers"):
         run_suite("artifacts", Backbone(model), surroundings(tmp_path, images), *WORDS, "cutoff=50")
     shutil.rmtree(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["rotary", "clip", "swiglu"])
+def test_networks_of_other_families_are_looked_at_as_well(tmp_path: Path, images: Path, kind: str) -> None:
+    """With random weights: as DINOv3's, CLIP's and DINOv2 ViT-g's."""
+    more: dict[str, Any] = {
+        "rotary": {"rope_base": 100.0},
+        "clip": {"pre_norm": True, "activation": "quick_gelu"},
+        "swiglu": {"ffn": "swiglu"},
+    }[kind]
+    torch.manual_seed(0)
+    model = build_vit(
+        ModelConfig(embed_dim=64, depth=2, num_heads=2, patch_size=8, image_size=32, layerscale=1.0, **more)
+    )
+    model.init_weights()
+    words = ["images=10", "neighbours=pairs", "neighbours_border=false", "neighbours_embedded=true", "normed=false"]
+    result = run_suite("artifacts", Backbone(model), surroundings(tmp_path, images), *WORDS, *words)
+    assert result.details["norms"]["tokens"] == 10 * 16
+    assert result.details["rotary"] == (kind == "rotary")
+    assert ("resampled" in result.details) == (kind != "rotary")
+    assert any("rotary" in note for note in result.notes) == (kind == "rotary")
+    # The 2 x 2 patches inside count once for each of their four neighbours, also for those on the border.
+    assert result.details["neighbours"]["normal"] == 10 * 4 * 4
+
+
+def test_one_image_is_enough(tmp_path: Path, images: Path) -> None:
+    result = look(tmp_path, images, "images=1")
+    assert result.details["norms"]["images"] == 1
+    assert "probes" not in result.details
+    json.dumps(result.details, allow_nan=False)
