@@ -248,15 +248,16 @@ def _draw_ways(axes: Axes, seen: Seen, edge: str, ways: Sequence[str], key: str)
         axes.set_xticks([])
         return
     layers: list[int] = seen.details["layers"]  # type: ignore[assignment]
+    end = 1.18 * depth + 0.8
     for place, way in enumerate(ways):
         mine = [run for run in runs if run["way"] == way and run[key] is not None]
         single = [run for run in mine if (run["first"], run["last"]) != (0, depth - 1) and run["first"] in layers]
-        shift = 0.06 * (place - 2)
+        shift = 0.01 * depth * (place - 2)  # side by side
         _bars(axes, [run["first"] + 1 + shift for run in single], [run[key] for run in single], way, "-")
         whole = [run[key] for run in mine if (run["first"], run["last"]) == (0, depth - 1)]
-        _bars(axes, [depth + 1.5 + 3 * shift for _ in whole], whole, way, "")
+        _bars(axes, [end + 3 * shift for _ in whole], whole, way, "")
     ticks = layers if len(layers) < 8 else layers[::2]
-    ends = [] if edge == SWAP else [depth + 1.5]
+    ends = [] if edge == SWAP else [end]
     axes.set_xticks(
         [*(layer + 1 for layer in ticks), *ends], [*(str(layer + 1) for layer in ticks), *(["all"] if ends else [])]
     )
