@@ -14,9 +14,10 @@ from eval.inside.decoupling.measure import ROW, Measured, measure, mixtures, par
 from eval.inside.decoupling.oneshot import build_prototypes, class_score, draw_shots, guess
 from eval.inside.decoupling.registers import RegisterSums
 from eval.inside.decoupling.ridge import cross_fitted, fit_ridge, r2
-from eval.inside.decoupling.split import Choices
+from eval.inside.decoupling.split import GROUPS, Choices, split_cls
 from eval.inside.decoupling.tally import choose_blocks
 from eval.inside.look import Batch
+from eval.inside.walk import walk
 
 
 def look(model: VisionTransformer, count: int = 4, choices: Choices | None = None) -> Measured:
@@ -56,6 +57,23 @@ def test_rows_tell_shares_norms_and_cosines() -> None:
     whole = found.points[:, 0, 0]
     torch.testing.assert_close(parts[:, :3].sum(1), whole)
     torch.testing.assert_close(at(found, "cosine_patches")[:, 2], F.cosine_similarity(parts[:, 0], whole))
+
+
+@pytest.mark.parametrize("renormalise", [False, True])
+def test_mixtures_of_parts_are_what_their_names_say(renormalise: bool) -> None:
+    """But for the output bias, which is in none of them."""
+    model, choices = random_network(num_registers=2), Choices(renormalise=renormalise)
+    found = look(model, choices=choices)
+    *_, step = walk(model, pictures(4))
+    split, names = split_cls(step, 2), part_names(choices, 2)
+    mixed = {name: found.parts[2][:, [names.index(part) for part in parts]].sum(1)
+             for name, parts in mixtures(choices, 2).items()}  # fmt: skip
+    torch.testing.assert_close(mixed["attended"] + split.bias, step.attended[:, 0])
+    torch.testing.assert_close(mixed["branch"], found.points[:, 0, 0])
+    torch.testing.assert_close(mixed["skip"], step.entering[:, 0] + split.parts[:, 2])
+    for kind, group in enumerate(GROUPS, 1):
+        torch.testing.assert_close(mixed[group], found.points[:, 0, kind])
+        torch.testing.assert_close(mixed[f"{group}+residual"] + split.bias, found.points[:, 1, kind])
 
 
 def test_a_network_whose_cls_reads_only_registers_has_no_patch_part() -> None:
