@@ -128,7 +128,7 @@ def _alignment(seen: Sequence[Seen], album: Album) -> Finding:
         "patches?",
         " ".join(map(_said_of_alignment, seen)),
         NEITHER.strip(),
-        f"{_basis(seen)}, {_tokens(seen[0])} a network",
+        _basis(seen),
         [_maps(drawn, album)] if drawn else [],
         ("", "cosine of patch and CLS", "patches named as the image is", "as CLS is", "chance"),
         [_alignment_row(each) for each in seen],
@@ -140,7 +140,7 @@ def _basis(seen: Sequence[Seen]) -> str:
     first = seen[0]
     train = first.evaluation.data.get("train")
     images: int = first.details["images_seen"]  # type: ignore[assignment]
-    said = counted(images, "image")
+    said = f"{counted(images, 'image')}, {_tokens(first)}"
     return said + (f"; classifier trained on {counted(train, 'image')}" if train else "")
 
 
@@ -180,12 +180,13 @@ def _said_of_edges(seen: Seen) -> str:
         one, all_ = (_run(seen, edge, CUT, *span) for span in (last, everywhere))
         if one is not None and all_ is not None:
             parts.append(
-                f"{_left(one)} without reading {name} in the last block, {_left(all_)} without ever reading them"
+                f"without {name} in the last block CLS keeps a cosine of {_left(one)}, without them in any block "
+                f"{_left(all_)}"
             )
     zero, usual = (_run(seen, "CLS<-REG", way, *everywhere) for way in (ZERO, SHUFFLE))
     if zero and usual:
-        parts.append(f"{_left(zero)} where it always reads zeros for registers, {_left(usual)} another image's")
-    return f"{seen.name}: CLS keeps a cosine of {'; of '.join(parts)}."
+        parts.append(f"zeros for registers in all blocks leave {_left(zero)}, another image's registers {_left(usual)}")
+    return f"{seen.name}: {'; '.join(parts)}."
 
 
 def _left(run: Details) -> str:
@@ -193,7 +194,8 @@ def _left(run: Details) -> str:
     said = f"{run['cosine']['value']:.2f}"
     if drop is None:
         return said
-    return f"{said} (accuracy {-drop['value']:+.1f} points, {-drop['high']:+.1f} to {-drop['low']:+.1f})"
+    value, low, high = (0.0 - drop[key] for key in ("value", "high", "low"))  # 0.0 and not -0.0
+    return f"{said} (accuracy {value:+.1f} points, {low:+.1f} to {high:+.1f})"
 
 
 def _edge_rows(seen: Seen) -> list[list[str]]:
