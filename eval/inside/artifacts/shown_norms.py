@@ -47,7 +47,8 @@ def tell_norms(seen: Sequence[Seen], album: Album) -> Finding:
 def _norms_say(each: Seen) -> str:
     told, cut = details(each)["norms"], details(each)["cutoff"]
     if not told["outliers"]:
-        return f"no patch stands out; {cut['how']}"
+        times = told["percentiles"]["1.0"] / told["percentiles"]["0.5"]
+        return f"no patch stands out, the largest norm being {times:.2g} times the median; {cut['how']}"
     share = told["outliers"] / told["tokens"]
     images = percent(told["images_with"] / told["images"])
     return (
@@ -204,21 +205,21 @@ def _type_row(each: Seen, told: dict[str, Any], tables: dict[str, Any], shared: 
 
 
 def _types_say(each: Seen, reference: Seen | None) -> str:
-    types = {told["type"]: told["percentiles"]["0.5"] for told in details(each)["types"]}
     patches = details(each)["norms"]["percentiles"]["0.5"]
+    cls, *registers = details(each)["types"]
     said = []
     if reference is not None and each is not reference:
         table = each.arrays["layers"][details(each)["layer"], 1]
-        rate = share_above(table, cutoff(reference)) or 0.0
+        rate, value = share_above(table, cutoff(reference)) or 0.0, number(cutoff(reference))
+        said.append(f"{percent(rate)} of the patches are beyond {reference.name}'s cutoff {value}")
+    if registers:
+        longest = max(registers, key=lambda told: told["percentiles"]["0.5"])
+        times = longest["percentiles"]["0.5"] / patches
         said.append(
-            f"{percent(rate)} of the patches are beyond the cutoff {number(cutoff(reference))} of {reference.name}"
+            f"{longest['type']} is the longest register, {times:.3g} times as long as the median patch, and varies by "
+            f"{percent(longest['cv'])} from image to image"
         )
-    registers = {kind: value for kind, value in types.items() if kind.startswith("register")}
-    if registers and patches:
-        longest = max(registers, key=lambda kind: registers[kind] or 0)
-        said.append(f"the longest is {longest}, {registers[longest] / patches:.3g} times as long as the median patch")
-    if not registers:
-        said.append(
-            f"there are no registers; CLS is {(types['CLS'] or 0) / patches:.3g} times as long as the median patch"
-        )
+    else:
+        times = cls["percentiles"]["0.5"] / patches
+        said.append(f"there are no registers, and CLS is {times:.3g} times as long as the median patch")
     return "; ".join(said)

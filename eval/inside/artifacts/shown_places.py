@@ -77,7 +77,7 @@ def tell_places(seen: Sequence[Seen], album: Album) -> Finding:
          "stripes of outliers", "stripes of norms"],
         [row for each in seen for row in (_places_row(each), *_resampled_rows(each))],
         ["Stripes: autocorrelation at lag 2 of the mean by column, less its best parabola; 1 for every other "
-         "column, about 0 without a pattern.",
+         "column, about 0 without a pattern, – for fewer than 6 columns.",
          "With and without antialiasing: the same network and cutoff, with images at a size for which positions "
          "must be resampled, and offset 0.",
          "The gradient is of the sum of all resampled positions by each learnt one (figure 11): where it is "

@@ -135,7 +135,8 @@ def _single_say(each: Seen) -> str:
     if registers:
         best = max(registers, key=lambda column: registers[column])
         said.append(f"best of the registers ({best}) {registers[best]:.1f} %")
-    text = "top-1 accuracy from one token is " + ", ".join(said)
+    guess = 100 / details(each)["single"]["classes"]
+    text = f"top-1 accuracy from one token is {', '.join(said)} (chance {guess:.2g} %)"
     return text if _columns(each)["outlier"] else f"{text}; too few images have an outlier to classify by one"
 
 

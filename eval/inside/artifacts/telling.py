@@ -35,11 +35,13 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def each_says(seen: Sequence[Seen], say: Callable[[Seen], str]) -> str:
-    """A sentence for each network, with its name where there are several."""
+    """A sentence for each network, with its name where there are several; those of which the same is said share one."""
+    of: dict[str, list[str]] = {}
+    for each in seen:
+        of.setdefault(say(each), []).append(each.name)
     if len(seen) == 1:
-        said = say(seen[0])
-        return said[0].upper() + said[1:] + "."
-    return " ".join(f"{each.name}: {say(each)}." for each in seen)
+        return "".join(f"{said[0].upper()}{said[1:]}." for said in of)
+    return " ".join(f"{' and '.join(who)}: {said}." for said, who in of.items())
 
 
 def names(seen: Sequence[Seen]) -> list[str]:

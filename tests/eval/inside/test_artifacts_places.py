@@ -116,6 +116,7 @@ def test_a_size_at_which_positions_are_resampled() -> None:
     assert smaller_grid(native=37, used=16) == 16
     assert smaller_grid(native=37, used=37) == 16
     assert smaller_grid(native=8, used=8) == 3
+    assert smaller_grid(native=1, used=1) == 1
 
 
 def test_the_network_is_as_it_was_after_a_look_both_ways() -> None:
