@@ -79,7 +79,7 @@ def histograms(
             if line is not None:
                 axis.axvline(line, color=colour(at), linestyle=":", linewidth=1.4)
             if each is not None:
-                finite = each[np.isfinite(each)]
+                finite = np.clip(each[np.isfinite(each)], *limits)  # sums of weights may be 1.0000001
                 weights = np.full(len(finite), 100 / len(finite))
                 axis.hist(finite, edges, weights=weights, histtype="stepfilled", color=colour(at), alpha=0.2)
                 axis.hist(finite, edges, weights=weights, histtype="step", color=colour(at), linewidth=1.5)
@@ -151,6 +151,7 @@ def bars(
             for group, bar in enumerate(row):
                 _draw_bar(axis, group - 0.4 + wide * (at + 0.5), wide, bar, colour(at), top if few else None)
         axis.set_xticks(range(len(groups)), groups, fontsize=8)
+        axis.set_xlim(-0.5, len(groups) - 0.5)
         axis.set_title(title, fontsize=9)
         axis.set_ylim(min([0.0, *_lowest(networks)]), top)
         _plain(axis)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eval.metrics import bootstrap
+from eval.metrics import bootstrap, share_interval
 from eval.results import Score
 
 TOPS = (1, 5)
@@ -59,9 +59,13 @@ def guess(points: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
 
 
 def class_score(values: Tensor, labels: Tensor) -> Score:
-    """The mean (n,) in percent; the interval is that of other classes, whose images share their training image."""
+    """The mean (n,) in percent. The interval is that of other classes, whose images share their training image.
+
+    Where all classes are found alike a bootstrap over them has no width: it is at least Wilson's over images.
+    """
     classes = torch.zeros(int(labels.max()) + 1, 2, dtype=torch.float64)
     classes.index_add_(0, labels, torch.stack([values.double(), torch.ones(len(values), dtype=torch.float64)], dim=1))
     there = classes[classes[:, 1] > 0]
     low, high = bootstrap(there, lambda sums: 100 * sums[:, 0] / sums[:, 1])
-    return Score(100 * float(values.double().mean()), low, high, per_image=100 * values.float())
+    least, most = share_interval(round(float(values.sum())), len(values))
+    return Score(100 * float(values.double().mean()), min(low, least), max(high, most), per_image=100 * values.float())

@@ -123,6 +123,8 @@ def test_the_interval_of_one_shot_is_that_of_other_classes() -> None:
     score = class_score(right, labels)
     assert score.value == 50
     assert 28 < score.high - score.low < 33  # 2 x 1.96 x sqrt(.25 / 40)
+    always = class_score(torch.ones(2000), labels)
+    assert always.value == always.high == 100 and 99.7 < always.low < 99.9
 
 
 def test_ridge_solves_the_normal_equations_and_leaves_one_out() -> None:
