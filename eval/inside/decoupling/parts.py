@@ -245,8 +245,8 @@ def tell_one_shot(seen: Sequence[Seen], album: Album) -> Finding | None:
          "with one image a class is the nearest class mean too. It learns from whole outputs and is tested on parts.",
          "The paper has one test image a class; here all test images that are looked at, for a steadier figure. The "
          "training images are drawn again several times.",
-         "Intervals are those of other classes (a bootstrap over classes, and at least Wilson's over images), as images "
-         "of a class share their training image.",
+         "Intervals are those of other classes (a bootstrap over classes, and at least Wilson's over images), as "
+         "images of a class share their training image.",
          "“With the stream”: added to CLS as it enters the last block, where classes can already be told."],
     )  # fmt: skip
 
