@@ -25,6 +25,7 @@ from eval.inside.artifacts.probes import (
     ProbeTask,
     chance,
     draw_tokens,
+    equal_sizes,
     probe_pixels,
     probe_position,
     score_probes,
@@ -53,6 +54,7 @@ class ArtifactsConfig(LookConfig):
     probe_images: int = 1000  # half of them train the probes of position and pixels; 0 = no such probes
     probe_tokens: int = 32  # of an image, at most
     probe_mix: Mix = "natural"  # training tokens as they come, or as many outliers as normal ones (balanced)
+    probe_equal: bool = False  # as many normal patches as outliers are tested
     probe_c: float = 0.1  # strength of the position probe, whose penalty is |W|^2 / 2C
     probe_iterations: int = 200  # of L-BFGS, at most
     probe_ridge: float = 1e-3  # penalty of the pixel probe
@@ -208,6 +210,7 @@ def measure_probes(at: Measuring) -> None:
     part = at.some(cfg.probe_images)
     measured = look.through(lambda batch: draw_tokens(backbone.model, batch, task), "tokens for probes", part)
     rows = add_up(measured, look.context.ranks).rows
+    rows = equal_sizes(rows, cfg.seed) if cfg.probe_equal else rows
     trained = rows["role"] == TRAINED
     if not trained.any():
         at.found.notes.append("no image to train probes on (1.4)")

@@ -71,6 +71,17 @@ def choose_tokens(outliers: Tensor, place: int, task: ProbeTask) -> dict[int, Te
     return {TRAINED: torch.cat(both)}
 
 
+def equal_sizes(rows: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """With as many tested normal patches as outliers, drawn from all; unchanged where there are no outliers."""
+    normal, outliers = ((rows["role"] == role).nonzero()[:, 0] for role in (NORMAL, OUTLIER))
+    fewest = min(len(normal), len(outliers))
+    if not fewest:
+        return rows
+    drawn = [each[torch.randperm(len(each), generator=generator_of(seed, 0))[:fewest]] for each in (normal, outliers)]
+    kept = torch.cat([(rows["role"] == TRAINED).nonzero()[:, 0], *drawn]).sort().values
+    return {name: each[kept] for name, each in rows.items()}
+
+
 def standardised(rows: dict[str, Tensor], device: torch.device) -> Tensor:
     """Tokens fp32 (T, D), each channel with the mean and the spread of training tokens taken off."""
     tokens = rows["token"].to(device).float()

@@ -18,6 +18,7 @@ from eval.inside.artifacts.probes import (
     chance,
     choose_tokens,
     draw_tokens,
+    equal_sizes,
     fit_ridge,
     probe_pixels,
     probe_position,
@@ -123,6 +124,16 @@ def test_pixels_that_are_in_the_token_are_read_from_it() -> None:
     assert float(found["mean_error"][role == NORMAL].mean()) > 3
     # A token that is 0 is the mean of the training tokens only within their own scatter.
     assert float(found["error"][role == OUTLIER].mean()) > 3
+
+
+def test_groups_may_be_tested_on_as_many_tokens() -> None:
+    role = torch.tensor([TRAINED] * 3 + [NORMAL] * 10 + [OUTLIER] * 4)
+    rows = {"role": role, "place": torch.arange(17)}
+    kept = equal_sizes(rows, 0)
+    assert torch.bincount(kept["role"]).tolist() == [3, 4, 4]
+    assert torch.equal(role[kept["place"]], kept["role"])
+    without = {"role": role[:13], "place": torch.arange(13)}
+    assert equal_sizes(without, 0) is without
 
 
 def test_chance_is_what_the_paper_calls_it() -> None:
