@@ -70,6 +70,8 @@ def factor_for(bounds: tuple[float, float], most: int) -> int:
 
 def norm_histograms(names: Sequence[str], counts: Sequence[Array], cutoffs: Sequence[float | None]) -> Figure:
     """One panel a network, below each other, on the same axes: figures 3 and 7. counts: each (BINS,)."""
+    from matplotlib.ticker import NullLocator
+
     figure = new_figure(WIDTH, 0.7 + 1.7 * len(names))
     panels = figure.subplots(len(names), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     bounds = limits(counts)
@@ -85,6 +87,7 @@ def norm_histograms(names: Sequence[str], counts: Sequence[Array], cutoffs: Sequ
             axis.annotate(f" cutoff {cutoff:.4g}", (cutoff, 60), fontsize=9, va="center")
         plain_norm_axis(axis)
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+        axis.yaxis.set_minor_locator(NullLocator())
         plain_axes(axis)
     panels[-1].set_xlabel("norm of a patch token")
     figure.supylabel("share of tokens in each bin", fontsize=10)
@@ -93,7 +96,7 @@ def norm_histograms(names: Sequence[str], counts: Sequence[Array], cutoffs: Sequ
 
 def plain_norm_axis(axis: Axes, which: str = "x") -> None:
     """Numbers as people write them on a logarithmic axis."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     ruler = axis.xaxis if which == "x" else axis.yaxis
     low, high = sorted(axis.get_xlim() if which == "x" else axis.get_ylim())
@@ -101,7 +104,7 @@ def plain_norm_axis(axis: Axes, which: str = "x") -> None:
     subs = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if ratio < 12 else (1.0, 2.0, 5.0) if ratio < 3000 else (1.0,)
     ruler.set_major_locator(LogLocator(10, subs=subs, numticks=30))
     ruler.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
-    ruler.set_minor_formatter(NullFormatter())
+    ruler.set_minor_locator(NullLocator())  # measuring their labels is most of the time that a figure takes
 
 
 def norm_maps(names: Sequence[str], photos: Sequence[Array], maps: Sequence[Array], medians: Sequence[float]) -> Figure:

@@ -194,7 +194,7 @@ def test_everything_is_told_and_drawn_side_by_side(tmp_path: Path) -> None:
     data = write_planted_classes(tmp_path / "data", train=12, test=8, rate=0.06)
     seen = []
     for name, planted in {"plain": {}, "4 registers": {"home": "registers", "registers": 4}}.items():
-        result = look(tmp_path, data, "draws=2", "photos=1", **planted)
+        result = look(tmp_path, data, "draws=1", "photos=1", "c_iterations=10", "probe_images=8", **planted)
         seen.append(saved(tmp_path / name, result, name, **planted))
     for group in (seen[1:2], seen):
         folder = tmp_path / str(len(group))
