@@ -211,7 +211,7 @@ def _types_say(each: Seen, reference: Seen | None) -> str:
     if reference is not None and each is not reference:
         table = each.arrays["layers"][details(each)["layer"], 1]
         rate, value = share_above(table, cutoff(reference)) or 0.0, number(cutoff(reference))
-        said.append(f"{percent(rate)} of the patches are beyond {reference.name}'s cutoff {value}")
+        said.append(f"{percent(rate)} of the patches are beyond the cutoff of “{reference.name}”, {value}")
     if registers:
         longest = max(registers, key=lambda told: told["percentiles"]["0.5"])
         times = longest["percentiles"]["0.5"] / patches
