@@ -23,7 +23,7 @@ from dinoreg.models.files import FOLDER_FILES
 from dinoreg.parallel.mesh import Ranks, setup_ranks
 from eval.backbone import Backbone
 from eval.inside.page import gather, write_inside
-from eval.inside.testtime.network import open_weights
+from eval.inside.testtime.network import open_weights, read_neurons
 from eval.report.page import write_report
 from eval.results import FILE, Result, write_result
 from eval.suite import Context, Place
@@ -178,6 +178,8 @@ def stem_of(weights: Path) -> str:
     """What weights are called. model.safetensors is what the file is called in everybody's folder."""
     if run_of(weights) != weights:
         return f"{run_of(weights).name}_{weights.stem}"
+    if weights.suffix == ".json" and weights.is_file():  # a network with test-time registers
+        return f"{stem_of(Path(read_neurons(weights).weights))}_test_time_registers"
     stem = weights.name if weights.is_dir() else weights.stem
     return weights.parent.name if stem in HUB_STEMS and weights.parent.name else stem
 

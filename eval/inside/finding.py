@@ -78,7 +78,7 @@ class Album:
         place = self.folder / "figures"
         place.mkdir(parents=True, exist_ok=True)
         for ending in ("png", "pdf"):
-            figure.savefig(place / f"{name}.{ending}", dpi=160, bbox_inches="tight")
+            figure.savefig(place / f"{name}.{ending}", dpi=160)
         picture = Picture(f"figures/{name}.png", f"figures/{name}.pdf", caption)
         self.saved.append(picture)
         return picture
