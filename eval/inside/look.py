@@ -178,7 +178,9 @@ class Look:
         places = [place for share in self.context.ranks.gather_objects(list(lost)) for place in share]
         rows = sorted(int(part.rows[place]) for place in places)
         bad = {part.images.name(row): part.images.trouble(row) or "unreadable a moment ago" for row in rows}
-        if len(bad) > self.cfg.max_bad_share * len(part) or len(bad) == len(part):
+        # A few of the images, drawn for one step of an experiment, hold no more than all may.
+        whole = self.part if part.images is self.part.images else part
+        if len(bad) > self.cfg.max_bad_share * max(len(whole), len(part)) or len(bad) == len(part):
             name, reason = next(iter(bad.items()))
             raise ConfigError(
                 f"{len(bad)} of {len(part)} images cannot be read, more than max_bad_share={self.cfg.max_bad_share}; "

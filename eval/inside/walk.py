@@ -36,7 +36,8 @@ class Step:
     def attention(self, rows: slice = slice(None)) -> Tensor:
         """Attention (B, heads, rows, 1 + R + N), at least fp32, of the queries at these places; rows sum to 1."""
         q, k, _ = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in self.query_key_value())
-        return (q[:, :, rows] @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(dim=-1)
+        with torch.autocast(q.device.type, enabled=False):  # or it would round what the softmax magnifies
+            return (q[:, :, rows] @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(dim=-1)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from distributed import run_ranks
@@ -116,3 +117,23 @@ def test_a_walk_takes_the_network_apart_and_loses_nothing(tmp_path: Path) -> Non
             assert torch.equal(mine, others)
     rows = steps[-1].attention(slice(0, 1 + model.num_registers))
     torch.testing.assert_close(rows.float(), attention_rows(model, images).transpose(1, 2))
+
+
+def test_a_few_images_that_cannot_be_read_do_not_stop_a_step_that_is_shown_a_part(tmp_path: Path) -> None:
+    write_classes(tmp_path / "data", 10)
+    (tmp_path / "data" / "class0" / "000.png").write_bytes(b"no image")
+    look = look_at(tmp_path, tmp_path / "data", LookConfig(max_bad_share=0.05))  # 1 of 40, but 1 of 4
+    part = look.part.subset(np.arange(4))
+    assert sum(map(len, look.through(lambda batch: batch, "some", part))) == 3
+    assert sum(map(len, look.through(lambda batch: batch, "all"))) == 39 and len(look.bad) == 1
+    with pytest.raises(ConfigError, match="1 of 1 images"):
+        list(look.through(seen, "one", look.part.subset(np.arange(1))))
+
+
+def test_attention_is_computed_in_fp32_where_the_network_is_not(tmp_path: Path) -> None:
+    model = open_backbone(write_weights(tmp_path / "small.safetensors")).model
+    with torch.autocast("cpu", torch.bfloat16):
+        step = next(walk(model, 5 * torch.randn(2, 3, 32, 32)))
+        q, k, _ = (part.double() for part in step.query_key_value())
+        found = step.attention()
+    torch.testing.assert_close(found.double(), (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1), rtol=1e-5, atol=1e-7)
