@@ -15,7 +15,8 @@ from dinoreg.models.vit import VisionTransformer
 from dinoreg.models.weights import load_backbone
 from eval.backbone import Backbone
 from eval.images import Part
-from eval.inside.artifacts.clouds import Cutoff, check_rule, find_cutoff
+from eval.inside.artifacts.clouds import Cutoff, check_rule
+from eval.inside.artifacts.cutoff import decide_cutoff, evenly
 from eval.inside.artifacts.neighbours import How
 from eval.inside.artifacts.norms import look_at_norms, norm_histogram, patch_norms_at
 from eval.inside.artifacts.places import look_both_ways, resampling_gradient, smaller_grid
@@ -131,7 +132,7 @@ def run(backbone: Backbone, cfg: ArtifactsConfig, context: Context) -> Result:
     """The cutoff first, from some of the images; then all of them, with each token's norm against it; then the rest."""
     look = Look(backbone, cfg, context)
     layer = choose_layer(backbone, cfg.layer)
-    cutoff, found_on = decide_cutoff(look, cfg, layer)
+    cutoff, found_on = decide_cutoff(look, cfg.cutoff, cfg.cutoff_images, layer)
     context.say(f"artifacts: {cutoff.how}")
     told = {"value": cutoff.value, "rule": cutoff.rule, "how": cutoff.how, **found_on}
     value = "no cutoff" if cutoff.value is None else f"cutoff {cutoff.value:.4g}"
@@ -149,27 +150,10 @@ def choose_layer(backbone: Backbone, asked: int) -> int:
     return range(backbone.depth)[asked]
 
 
-def evenly(part: Part, most: int) -> Part:
-    """At most so many of the images of a part."""
-    return part.subset(np.unique(np.linspace(0, len(part) - 1, min(most, len(part))).round().astype(np.int64)))
-
-
 def _norms_of(at: Measuring, model: VisionTransformer, part: Part, what: str) -> Tensor:
     """The histogram of another network's norms."""
     measured = at.look.through(lambda batch: norm_histogram(model, batch, at.layer), what, part)
     return add_up(measured, at.look.context.ranks).sums["norms"]
-
-
-def decide_cutoff(look: Look, cfg: ArtifactsConfig, layer: int) -> tuple[Cutoff, dict[str, int]]:
-    """And the numbers of images and tokens on which it was found. For all ranks together."""
-    try:
-        float(cfg.cutoff)
-    except ValueError:
-        model, part = look.backbone.model, evenly(look.part, cfg.cutoff_images)
-        measured = look.through(lambda batch: norm_histogram(model, batch, layer), "norms, for the cutoff", part)
-        counts = add_up(measured, look.context.ranks).sums["norms"].numpy()
-        return find_cutoff(counts, cfg.cutoff), {"images": len(part), "tokens": int(counts.sum())}
-    return find_cutoff(np.zeros(0, dtype=np.int64), cfg.cutoff), {"images": 0, "tokens": 0}
 
 
 def measure_norms(at: Measuring) -> None:
