@@ -95,6 +95,27 @@ def basis(seen: Sequence[Seen]) -> str:
     return "; ".join(f"{each.name}: {text}" for each, text in zip(seen, said, strict=True))
 
 
+def of_same_photos(seen: Sequence[Seen]) -> list[list[Seen]]:
+    """Networks that may stand side by side in a row for each photo; those that have photos at all."""
+    groups: dict[tuple[str, ...], list[Seen]] = {}
+    for each in seen:
+        names: Any = each.details["photos"]
+        if names:
+            groups.setdefault((each.evaluation.data["hash"], *names), []).append(each)
+    return list(groups.values())
+
+
+def numbered(name: str, at: int) -> str:
+    """Of the first figure of a kind, and of further ones."""
+    return f"{name}_{at}" if at else name
+
+
+def times(value: float, digits: int = 3) -> str:
+    """A number of which so many digits count, without powers of ten: 0.0123, 1.23, 12,300."""
+    rounded = float(f"{value:.{digits}g}")
+    return f"{rounded:,.0f}" if abs(rounded) >= 10**digits else f"{rounded:.{digits}g}"
+
+
 def draw_photo(axes: Axes, photo: NDArray[np.uint8]) -> None:
     """uint8 (3, H, W), without ticks."""
     axes.imshow(photo.transpose(1, 2, 0))

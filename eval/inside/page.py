@@ -81,11 +81,13 @@ def _told(suite: Suite, seen: Sequence[Seen], album: Album) -> list[Finding]:
 
 
 def short_names(groups: Sequence[Sequence[Evaluation]]) -> list[str]:
-    """What each checkpoint is called in legends: its registers alone where these tell them apart."""
+    """What each checkpoint is called in legends: its registers alone where they differ in nothing else."""
     registers = [group[0].registers for group in groups]
-    if len(groups) > 1 and len(set(registers)) == len(groups) and None not in registers:
+    others = {tuple(_size(group).values()) for group in groups}
+    if len(groups) > 1 and len(set(registers)) == len(groups) and len(others) == 1 and None not in registers:
         return [_registers(number) for number in registers]
-    names = [name_of(group) for group in groups]
+    # In figures $ begins a formula, and what begins with _ is left out of legends.
+    names = [name_of(group).replace("$", "").lstrip("_") or "network" for group in groups]
     return [f"{name} ({at})" if names.count(name) > 1 else name for at, name in enumerate(names, 1)]
 
 
@@ -102,7 +104,7 @@ def inside_page(
         title,
         tag("h1", title),
         tag("p", "A vision transformer cuts an image into patches and works on one token for each. Large ones "
-            "take over patches in which there is little to see, as scratch paper, and that spoils every map "
+            "take over patches in which there is little to see, as scratch paper, and that spoils maps that are "
             "drawn from them; registers are tokens that are there to be written on instead. Whether that "
             "happens here is shown below.",
             class_="soft"),
@@ -117,6 +119,11 @@ def inside_page(
         _footer(groups),
         wide=True,
     )  # fmt: skip
+
+
+def _size(group: Sequence[Evaluation]) -> dict[str, object]:
+    built = group[0].content.get("architecture", {})
+    return {key: built.get(key) for key in ("depth", "embed_dim", "patch_size")}
 
 
 def _registers(number: int | None) -> str:
@@ -139,7 +146,8 @@ def _place(finding: Finding) -> tuple[int, tuple[int, ...], str]:
 def _careful(groups: Sequence[Sequence[Evaluation]]) -> Html:
     """What a reader must know first."""
     said = []
-    if len({each.data["hash"] for group in groups for each in group if each.suite == group[0].suite}) > 1:
+    shown = {(each.suite, each.data["hash"]) for group in groups for each in group}
+    if len(shown) > len({suite for suite, _ in shown}):
         said.append("The networks were not shown the same images: differences between them may be those of the images.")
     presets = {each.protocol.get("preset", "published") for group in groups for each in group}
     if presets - {"published"}:
@@ -158,10 +166,8 @@ def _careful(groups: Sequence[Sequence[Evaluation]]) -> Html:
 def _checkpoints(groups: Sequence[Sequence[Evaluation]], names: Sequence[str]) -> Html:
     rows = []
     for name, group in zip(names, groups, strict=True):
-        built = group[0].content.get("architecture", {})
-        depth, width, patch = (built.get(key) for key in ("depth", "embed_dim", "patch_size"))
-        size = f"{depth} layers of width {width}, patches of {patch} pixels"
-        rows.append([tag("strong", name), name_of(group), size, str(built.get("registers")), group[0].content["found"]])
+        size = "{depth} layers of width {embed_dim}, patches of {patch_size} pixels".format(**_size(group))
+        rows.append([tag("strong", name), name_of(group), size, str(group[0].registers), group[0].content["found"]])
     return table(("called here", "checkpoint", "size", "registers", "what the file is"), rows)
 
 

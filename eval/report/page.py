@@ -7,6 +7,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
+from dinoreg.config import ConfigError
 from dinoreg.pages import Html, bullets, facts, folded, note, page, row, table, tag, text
 from eval.inside.page import PAGE as INSIDE
 from eval.inside.page import gather, write_inside
@@ -36,12 +37,24 @@ def main(words: Sequence[str]) -> int:
         "--compare", action="append", default=[], type=Path, metavar="FOLDER", help=f"shown beside it in {INSIDE}"
     )
     asked = parser.parse_args(words)
-    groups = [gather(folder) for folder in (asked.folder, *asked.compare)]
+    groups = [_experiments(folder, needed=bool(asked.compare)) for folder in (asked.folder, *asked.compare)]
     if any(each.suite not in EXPERIMENTS for each in find_evaluations(asked.folder)):
         print(write_report(asked.folder))
     if groups[0]:
-        print(write_inside([group for group in groups if group], place_of(asked.folder)))
+        print(write_inside(groups, place_of(asked.folder)))
     return 0
+
+
+def _experiments(folder: Path, needed: bool) -> list[Evaluation]:
+    """Those on the folder's newest checkpoint; says where there are others. Raises ConfigError."""
+    group = gather(folder)
+    if needed and not group:
+        raise ConfigError(f"{folder} holds no experiments to lay side by side", "--compare")
+    others = {each.digest for each in find_evaluations(folder) if each.suite in EXPERIMENTS and not each.run}
+    if others - {each.digest for each in group}:
+        print(f"{folder} holds experiments on {len(others)} networks; {INSIDE} shows {name_of(group)}: give the folder "
+              "of each, the second one with --compare")  # fmt: skip
+    return group
 
 
 def write_report(folder: Path) -> Path:

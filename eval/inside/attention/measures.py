@@ -22,10 +22,10 @@ def entropy(distribution: Tensor) -> Tensor:
 
 
 def peak(distribution: Tensor) -> Tensor:
-    """(..., N) -> (...): the largest weight in units of the median."""
+    """(..., N) -> (...): the largest weight in units of the median; 1 where nothing goes to any patch."""
     ordered, n = distribution.sort(-1).values, distribution.shape[-1]
     median = (ordered[..., (n - 1) // 2] + ordered[..., n // 2]) / 2
-    return ordered[..., -1] / median.clamp(min=LEAST)
+    return ordered[..., -1].clamp(min=LEAST) / median.clamp(min=LEAST)
 
 
 def mass_on(distribution: Tensor, chosen: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def mean_of_pairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
 class Lie(NamedTuple):
     """Where a map lies on the grid. row, column: its centre of gravity, 0 at the top or left, 1 at the other end;
     border: weight of a patch at the border in units of one inside; reach: root mean square distance from `origin`, in
-    units of what an even map has. NaN where there is nothing to compare with.
+    units of what an even map has. NaN where there is nothing to compare with, and everywhere for a map of zeros.
     """
 
     row: float

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval.inside.finding import Album, Picture, Seen
-from eval.inside.maps import BRIGHTEST, MOST_PHOTOS, WIDTH, bare, draw_map, draw_photo, fitting, sheet
+from eval.inside.maps import BRIGHTEST, MOST_PHOTOS, WIDTH, bare, draw_map, draw_photo, fitting, numbered, sheet, times
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,26 +21,29 @@ LABELLED = 6  # tokens up to which each cell of a matrix holds its number
 OUTLIER_COLOUR = "#00E5FF"
 
 
-def cls_maps(seen: Sequence[Seen], album: Album) -> Picture:
-    """Figures 1, 2, 8 and 19: a row a photo, and for each network the map of CLS, bare and over the photo."""
+def cls_maps(seen: Sequence[Seen], at: int, album: Album) -> Picture:
+    """Figures 1, 2, 8 and 19: a row a photo, and for each network the map of CLS, bare and over the photo.
+
+    seen: networks that were shown the same photos.
+    """
     each_has = ["map", "overlay"] if len(seen) <= MOST_OVERLAYS else ["map"]
     photos = seen[0].arrays["photos"][:MOST_PHOTOS]
     figure, axes = sheet(len(photos), 1 + len(each_has) * len(seen))
     for row, photo in zip(axes, photos, strict=True):
         draw_photo(row[0], photo)
-    for at, each in enumerate(seen):
+    for place, each in enumerate(seen):
         for number, row in enumerate(axes):
-            mine = row[1 + at * len(each_has) :]
+            mine = row[1 + place * len(each_has) :]
             weights = each.arrays["photo_maps"][number, 0]
             draw_map(mine[0], weights)
             _mark(mine[0], each.arrays["photo_outliers"][number])
             mine[0].set_xlabel(_range(weights), fontsize=7, labelpad=2)
             if "overlay" in each_has:
                 _overlay(mine[1], each.arrays["photos"][number], weights)
-        title = axes[0][1 + at * len(each_has)]
+        title = axes[0][1 + place * len(each_has)]
         title.set_title(each.name, fontsize=fitting(each.name, WIDTH / len(axes[0])))
         if "overlay" in each_has:
-            axes[0][2 + at * len(each_has)].set_title("over the photo", fontsize=8, color="0.4")
+            axes[0][2 + place * len(each_has)].set_title("over the photo", fontsize=8, color="0.4")
     axes[0][0].set_title("photo", fontsize=10)
     marked = any(each.arrays["photo_outliers"][: len(photos)].any() for each in seen)
     caption = (
@@ -48,7 +51,7 @@ def cls_maps(seen: Sequence[Seen], album: Album) -> Picture:
         "below it its lowest and highest weight, in units of what each patch would get if all got the same."
         + (" Framed: patches that are outliers by their norm." if marked else "")
     )
-    return album.save(figure, "attention_cls", caption)
+    return album.save(figure, numbered("attention_cls", at), caption)
 
 
 def head_maps(each: Seen, at: int, album: Album) -> Picture:
@@ -176,7 +179,7 @@ def _range(weights: NDArray[np.floating]) -> str:
     """Lowest and highest weight in units of an even one."""
     even = float(weights.mean()) or 1.0
     low, high = float(weights.min()) / even, float(weights.max()) / even
-    return f"{low:.2f} to {high:.{2 if high < 10 else 0}f} ×"
+    return f"{low:.2f} to {times(high)} ×"
 
 
 def _shown_rows(each: Seen) -> list[int]:

@@ -8,11 +8,11 @@ from typing import Any
 
 from eval.inside.attention.pictures import average_maps, cls_maps, head_maps, register_maps, similarities
 from eval.inside.finding import Album, Finding, Seen, counted, percent
-from eval.inside.maps import basis
+from eval.inside.maps import basis, of_same_photos, times
 from eval.results import Score
 
 MANY_TIMES = 2.0  # as much attention as its share of the patches: outliers that get less are no artifacts of the map
-ALIKE = 0.9  # cosine from which maps are called alike
+ALIKE, APART = 0.9, 0.5  # cosines from which maps are called alike, and below which they are called different
 NEARLY = 0.1  # relative difference of two reaches that is not worth telling
 BORDER = 1.25  # times the weight inside, or its inverse, from which a token prefers the border or avoids it
 
@@ -30,8 +30,9 @@ def findings(seen: Sequence[Seen], album: Album) -> list[Finding]:
 
 
 def _of_cls(seen: Sequence[Seen], album: Album) -> Finding:
-    drawn = [each for each in seen if "photo_maps" in each.arrays and len(each.arrays["photo_maps"])]
-    pictures = [cls_maps(drawn, album), *(head_maps(each, at, album) for at, each in enumerate(drawn))] if drawn else []
+    together = of_same_photos(seen)
+    pictures = [cls_maps(group, at, album) for at, group in enumerate(together)]
+    pictures += [head_maps(each, at, album) for at, each in enumerate(each for group in together for each in group)]
     return Finding(
         "1.10",
         "Where the class token looks",
@@ -62,7 +63,7 @@ def _told_cls(each: Seen) -> str:
     patches: Any = each.details["patches"]
     said = (
         f"{each.name}: the map is spread as over {math.exp(cls['entropy']):.0f} of {patches} patches, the brightest "
-        f"{cls['peak']:.1f} times the median"
+        f"{times(cls['peak'], 2)} times the median"
     )
     outliers: Any = each.details["outliers"]
     if "cls_outlier_excess" not in scores:
@@ -70,8 +71,8 @@ def _told_cls(each: Seen) -> str:
     excess = scores["cls_outlier_excess"]
     return (
         f"{said}; outliers are {outliers['tokens']:,} of {each.details['images'] * patches:,} patches "
-        f"({percent(outliers['share'])}) and get {percent(cls['outlier_mass'])} of the attention, {excess.value:.2g} "
-        f"times their share: {_verdict(excess)}."
+        f"({percent(outliers['share'])}) and get {percent(cls['outlier_mass'])} of the attention, "
+        f"{times(excess.value, 2)} times their share: {_verdict(excess)}."
     )
 
 
@@ -84,9 +85,8 @@ def _verdict(excess: Score) -> str:
         return "a little more than others"
     if excess.high < 1:
         return "less than others, so they do not spoil the map"
-    return (
-        f"with an interval of {excess.low:.2g} to {excess.high:.2g} times, it cannot be told whether more than others"
-    )
+    between = f"{times(excess.low, 2)} to {times(excess.high, 2)} times"
+    return f"with an interval of {between}, it cannot be told whether more than others"
 
 
 def _cls_row(each: Seen) -> list[str]:
@@ -147,12 +147,20 @@ def _told_registers(each: Seen) -> str:
     least, first, second = min(
         (matrix["cosine"][i][j], i - 1, j - 1) for i in range(1, number + 1) for j in range(i + 1, number + 1)
     )
-    verdict = "registers look at nearly the same" if least > ALIKE else "registers look at different places"
     return (
-        f"{each.name}: {verdict}. The maps of two registers have a cosine of {alike.value:.2f} on average "
-        f"({apart.value:.2f} bits apart), of {least:.2f} for the two least alike, {first} and {second}; a register's "
-        f"and that of CLS {scores['cls_registers_cosine'].value:.2f}."
+        f"{each.name}: {how_alike(alike.value, least)}. The maps of two registers have a cosine of "
+        f"{alike.value:.2f} on average ({apart.value:.2f} bits apart), of {least:.2f} for the two least alike, {first} "
+        f"and {second}; a register's and that of CLS {scores['cls_registers_cosine'].value:.2f}."
     )
+
+
+def how_alike(average: float, least: float) -> str:
+    """From the cosines of the registers' maps, two at a time."""
+    if least > ALIKE:
+        return "registers look at nearly the same"
+    if average > ALIKE:
+        return "most registers look at nearly the same, and some do not"
+    return "registers look at different places" if average < APART else "registers look at partly the same"
 
 
 def _token_rows(each: Seen) -> list[list[str]]:
@@ -160,7 +168,7 @@ def _token_rows(each: Seen) -> list[list[str]]:
         [
             f"{each.name}: {token['name']}",
             _share(token["entropy_share"]),
-            f"{token['peak']:.1f} ×",
+            f"{times(token['peak'])} ×",
             percent(token["on_patches"]),
             _share(token["outlier_mass"]),
         ]
@@ -215,13 +223,17 @@ def _place_rows(each: Seen) -> list[list[str]]:
     return [
         [
             f"{each.name}: {token['name']}",
-            f"{100 * token['column']:.0f} %",
-            f"{100 * token['row']:.0f} %",
+            _middle(token["column"]),
+            _middle(token["row"]),
             "–" if token["border"] is None else f"{token['border']:.2f} ×",
             "–" if token["reach"] is None else f"{token['reach']:.2f} ×",
         ]
         for token in _tokens(each)
     ]
+
+
+def _middle(place: float | None) -> str:
+    return "–" if place is None else f"{100 * place:.0f} %"
 
 
 # -- what all of them say --------------------------------------------------------------------------------------------
@@ -251,7 +263,7 @@ def _settings(seen: Sequence[Seen]) -> list[str]:
 
 
 def _with_interval(score: Score, unit: str) -> str:
-    return f"{score.value:.3g}{unit} ({score.low:.3g} to {score.high:.3g})"
+    return f"{times(score.value)}{unit} ({times(score.low)} to {times(score.high)})"
 
 
 def _share(share: float | None) -> str:

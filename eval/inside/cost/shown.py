@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from eval.inside.finding import COLOURS, Album, Finding, Picture, Seen, counted
+from eval.inside.maps import times
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -153,9 +154,9 @@ def _table(kinds: Sequence[_Kind]) -> tuple[list[str], list[list[str]]]:
             [
                 kind.name,
                 str(number),
-                f"{cost['counted'] / 1e9:.3f}",
+                times(cost["counted"] / 1e9, 5),
                 f"{operations[number]:+.2f} %" if number else "",
-                f"{cost['formula'] / 1e9:.3f}",
+                times(cost["formula"] / 1e9, 5),
                 f"{cost['parameters']:,}",
                 f"{parameters[number]:+.4f} %" if number else "",
             ]

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from dinoreg.models.maps import component_colours
 from eval.inside.features.measures import SIGMAS
-from eval.inside.finding import COLOURS, Album, Finding, Picture, Seen, percent
-from eval.inside.maps import MOST_PHOTOS, WIDTH, bare, basis, draw_photo, fitting, sheet
+from eval.inside.finding import COLOURS, Album, Finding, Picture, Seen, counted, percent
+from eval.inside.maps import MOST_PHOTOS, WIDTH, bare, basis, draw_photo, fitting, numbered, of_same_photos, sheet
 from eval.results import Score
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ MUCH = 50.0  # percent of the first component that a single number explains: it 
 
 def findings(seen: Sequence[Seen], album: Album) -> list[Finding]:
     """One section."""
-    drawn = [each for each in seen if "own_maps" in each.arrays]
-    pictures = [first_maps(drawn, album), colour_maps(drawn, album)] if drawn else []
+    together = of_same_photos(seen)
+    pictures = [draw(group, at, album) for draw in (first_maps, colour_maps) for at, group in enumerate(together)]
     return [
         Finding(
             "1.11",
@@ -43,10 +43,12 @@ def findings(seen: Sequence[Seen], album: Album) -> list[Finding]:
             list(map(_row, seen)),
             how=[
                 *map(_setting, seen),
-                "Each map is scaled by its own standard deviation and clipped at ±3 of them (colours of three "
-                "components at ±2.3). Signs of components are arbitrary: they are chosen so that the skew is positive.",
+                "A component is scaled by its standard deviation, over the photo or over all photos, and clipped at ±3 "
+                "of them (colours of three components at ±2.3). Signs of components are arbitrary: they are chosen so "
+                "that the skew is positive, and colours that are swapped between networks mean nothing.",
                 "The paper does not say whether components were those of each image or of all; both are shown. All "
-                "together, in the pictures, means the photos of the picture; in the table and the curve, all images.",
+                f"together, in the pictures, means {_photos(seen)}, of which at most {MOST_PHOTOS} are shown; "
+                "in the table and the curve, all images.",
                 "Like its neighbours: correlation of the first component of patches beside one another, 0 where the "
                 "map is noise.",
                 "Explained by the norm, each image by itself: squared correlation with the length of the token before "
@@ -57,7 +59,7 @@ def findings(seen: Sequence[Seen], album: Album) -> list[Finding]:
     ]  # fmt: skip
 
 
-def first_maps(seen: Sequence[Seen], album: Album) -> Picture:
+def first_maps(seen: Sequence[Seen], at: int, album: Album) -> Picture:
     """Figure 20: the first component, whitened, in diverging colours."""
 
     def draw(axes: Axes, scores: NDArray[np.floating]) -> Any:
@@ -65,19 +67,19 @@ def first_maps(seen: Sequence[Seen], album: Album) -> Picture:
 
     caption = (
         "The first principal component of the patch tokens, in standard deviations: of each photo by itself, and with "
-        "the same direction for all photos. What has the same colour is alike to the network."
+        "the same direction for all photos. Patches of the same colour are alike in that direction."
     )
-    return _maps(seen, album, draw, "features_first", caption, "standard deviations")
+    return _maps(seen, album, draw, numbered("features_first", at), caption, "standard deviations")
 
 
-def colour_maps(seen: Sequence[Seen], album: Album) -> Picture:
+def colour_maps(seen: Sequence[Seen], at: int, album: Album) -> Picture:
     """Figure 17: the first three components as red, green and blue."""
 
     def draw(axes: Axes, scores: NDArray[np.floating]) -> None:
         axes.imshow(component_colours(torch.from_numpy(scores)).numpy())
 
     caption = "The first three components as red, green and blue, of each photo by itself, and of all photos together."
-    return _maps(seen, album, draw, "features_colours", caption)
+    return _maps(seen, album, draw, numbered("features_colours", at), caption)
 
 
 def _maps(
@@ -176,6 +178,11 @@ def _setting(each: Seen) -> str:
         f"{each.name}: patch tokens of layer {details['layer'] + 1} of {details['depth']}, {norm} the final norm, "
         f"{details['width']} numbers each. Maps of photos are computed at {details['map_size']} pixels."
     )
+
+
+def _photos(seen: Sequence[Seen]) -> str:
+    kept: Any = [each.details["photos"] for each in seen]
+    return " or ".join(dict.fromkeys(counted(len(names), "photo") for names in kept))
 
 
 def _joint(each: Seen) -> dict[str, float]:

@@ -155,3 +155,11 @@ def test_attention_and_norms_are_those_of_the_layers_asked_for(registers: int, l
     expected = packing.split(after)[0][:, 1 + registers :].norm(dim=-1)
     torch.testing.assert_close(found.norms, expected)
     assert (found.weights.sum(-1) < 1).all()
+
+
+def test_a_head_that_looks_at_no_patch_has_figures_that_can_be_averaged() -> None:
+    weights = torch.zeros(2, 1, 4, 16)
+    found = note(weights, torch.zeros(2, 16, dtype=torch.bool))
+    for figures in (found.tokens, found.heads, found.pairs, found.similarities):
+        assert figures.isfinite().all()
+    assert found.tokens[0, 0, LOG_PEAK] == 0 and math.isnan(lie_of(weights[0, 0, 0].view(4, 4), (1.5, 1.5)).row)

@@ -19,7 +19,7 @@ from dinoreg.models.layers import Attention
 from dinoreg.models.vit import VisionTransformer
 from dinoreg.parallel.mesh import Ranks
 from eval.backbone import Backbone
-from eval.inside.attention.shown import findings
+from eval.inside.attention.shown import findings, how_alike
 from eval.inside.finding import Album, Seen
 from eval.report.read import read_evaluation
 from eval.results import Result, write_result
@@ -138,6 +138,24 @@ def test_a_page_without_photos(tmp_path: Path, marked: NDArray[np.bool_]) -> Non
     result = measure(tmp_path, (0.0, 0.0), 0, marked, "photos=0")
     cls, average = findings([seen(tmp_path, result, 0, "bare")], Album(tmp_path / "page"))
     assert not cls.pictures and average.number == "1.10.2" and len(average.pictures) == 1
+
+
+def test_networks_that_were_shown_other_photos_are_not_laid_beside_the_first_one_s(
+    tmp_path: Path, marked: NDArray[np.bool_]
+) -> None:
+    many, few = (measure(tmp_path, (0.0, 0.0), 0, marked, f"photos={count}") for count in (3, 2))
+    three = [seen(tmp_path, many, 0, "a"), seen(tmp_path, few, 0, "b"), seen(tmp_path, many, 0, "c")]
+    cls, _ = findings(three, Album(tmp_path / "page"))
+    assert [Path(each.png).stem for each in cls.pictures[:2]] == ["attention_cls", "attention_cls_1"]
+    assert len(cls.pictures) == 2 + 3  # the heads of each
+
+
+@pytest.mark.parametrize(
+    ("average", "least", "said"),
+    [(0.95, 0.93, "nearly the same"), (0.95, 0.4, "some do not"), (0.8, 0.7, "partly"), (0.3, 0.1, "different")],
+)
+def test_registers_are_called_as_different_as_they_are(average: float, least: float, said: str) -> None:
+    assert said in how_alike(average, least)
 
 
 def shares(ranks: Ranks, folder: Path) -> tuple[dict[str, Tensor | float], dict[str, Tensor]]:
