@@ -179,7 +179,7 @@ def _range(weights: NDArray[np.floating]) -> str:
     """Lowest and highest weight in units of an even one."""
     even = float(weights.mean()) or 1.0
     low, high = float(weights.min()) / even, float(weights.max()) / even
-    return f"{low:.2f} to {times(high)} ×"
+    return f"{low:.2f} to {f'{high:.2f}' if high < 10 else times(high)} ×"
 
 
 def _shown_rows(each: Seen) -> list[int]:

@@ -13,6 +13,7 @@ from eval.results import Score
 
 MANY_TIMES = 2.0  # as much attention as its share of the patches: outliers that get less are no artifacts of the map
 ALIKE, APART = 0.9, 0.5  # cosines from which maps are called alike, and below which they are called different
+SAME = 0.005  # by which that may be beside 1 and mean nothing, as where all patches are outliers
 NEARLY = 0.1  # relative difference of two reaches that is not worth telling
 BORDER = 1.25  # times the weight inside, or its inverse, from which a token prefers the border or avoids it
 
@@ -72,11 +73,14 @@ def _told_cls(each: Seen) -> str:
     return (
         f"{said}; outliers are {outliers['tokens']:,} of {each.details['images'] * patches:,} patches "
         f"({percent(outliers['share'])}) and get {percent(cls['outlier_mass'])} of the attention, "
-        f"{times(excess.value, 2)} times their share: {_verdict(excess)}."
+        f"{times(excess.value, 2)} times their share: {verdict(excess)}."
     )
 
 
-def _verdict(excess: Score) -> str:
+def verdict(excess: Score) -> str:
+    """Whether outliers get more attention than other patches, as far as can be told."""
+    if abs(excess.value - 1) < SAME:
+        return "as much as others"
     if excess.low > MANY_TIMES:
         return "they are artifacts of the map"
     if excess.low > 1 and excess.value > MANY_TIMES:
@@ -254,10 +258,11 @@ def _settings(seen: Sequence[Seen]) -> list[str]:
         details: Any = each.details
         layer, cutoff = details["layer"] + 1, details["cutoff"]
         value = "" if cutoff["value"] is None else f"a norm beyond {cutoff['value']:.4g}; "
+        found_on = f", on {counted(cutoff['images'], 'image')}" if cutoff["images"] else ""
         said.append(
             f"{each.name}: attention of layer {layer} of {details['depth']}; outliers by norms after layer "
-            f"{cutoff['layer'] + 1}: {value}{cutoff['how']}, on {counted(cutoff['images'], 'image')}. Maps of photos "
-            f"are computed at {details['map_size']} pixels."
+            f"{cutoff['layer'] + 1}: {value}{cutoff['how']}{found_on}. Maps of photos are "
+            f"computed at {details['map_size']} pixels."
         )
     return said
 

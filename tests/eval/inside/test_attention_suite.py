@@ -19,10 +19,10 @@ from dinoreg.models.layers import Attention
 from dinoreg.models.vit import VisionTransformer
 from dinoreg.parallel.mesh import Ranks
 from eval.backbone import Backbone
-from eval.inside.attention.shown import findings, how_alike
+from eval.inside.attention.shown import findings, how_alike, verdict
 from eval.inside.finding import Album, Seen
 from eval.report.read import read_evaluation
-from eval.results import Result, write_result
+from eval.results import Result, Score, write_result
 from eval.suites.attention import choose_registers
 
 
@@ -156,6 +156,19 @@ def test_networks_that_were_shown_other_photos_are_not_laid_beside_the_first_one
 )
 def test_registers_are_called_as_different_as_they_are(average: float, least: float, said: str) -> None:
     assert said in how_alike(average, least)
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "said"),
+    [
+        (1.0, 1 + 1e-8, 1 + 2e-8, "as much as others"),
+        (1.5, 1.2, 1.8, "a little more than others"),
+        (30.0, 20.0, 40.0, "they are artifacts of the map"),
+        (1200.0, 0.9, 2345.0, "with an interval of 0.9 to 2,300 times, it cannot be told"),
+    ],
+)
+def test_attention_on_outliers_is_called_as_much_as_it_is(value: float, low: float, high: float, said: str) -> None:
+    assert verdict(Score(value, low, high)).startswith(said)
 
 
 def shares(ranks: Ranks, folder: Path) -> tuple[dict[str, Tensor | float], dict[str, Tensor]]:
