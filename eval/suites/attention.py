@@ -14,6 +14,7 @@ from dinoreg.config import ConfigError
 from dinoreg.parallel.mesh import Ranks
 from eval.backbone import Backbone
 from eval.inside.artifacts.clouds import Cutoff, check_rule
+from eval.inside.artifacts.cutoff import decide_cutoff
 from eval.inside.attention.looking import (
     CLS_COSINE,
     CLS_DIVERGENCE,
@@ -36,7 +37,7 @@ from eval.inside.rows import in_order
 from eval.metrics import bootstrap, mean_score
 from eval.results import Result, Score
 from eval.suite import Context
-from eval.suites.artifacts import ArtifactsConfig, choose_layer, decide_cutoff
+from eval.suites.artifacts import choose_layer
 
 FIGURE_9 = (0, 6, 8, 12)  # the registers whose maps the paper shows, of more than 12
 FEW = 5  # registers that all have their maps drawn
@@ -85,8 +86,7 @@ def run(backbone: Backbone, cfg: AttentionConfig, context: Context) -> Result:
     layer, map_size = choose_layer(backbone, cfg.layer), choose_map_size(look, cfg.map_size)
     shown = choose_registers(backbone.num_registers, cfg.registers)
     norm_layer = _outlier_layer(backbone, cfg)
-    rule = ArtifactsConfig(cutoff=cfg.cutoff, cutoff_images=cfg.cutoff_images)
-    cutoff, found_on = decide_cutoff(look, rule, norm_layer)
+    cutoff, found_on = decide_cutoff(look, cfg.cutoff, cfg.cutoff_images, norm_layer)
     context.say(f"attention: {cutoff.how}")
     seen = see(look, layer, norm_layer, cutoff.number())
     photos, names, maps = of_each_photo(

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from dinoreg.config import ConfigError
 from eval.backbone import Backbone
+from eval.inside.artifacts.clouds import check_rule
+from eval.inside.artifacts.cutoff import decide_cutoff
+from eval.inside.artifacts.summary import share_score
 from eval.inside.frozen import Frozen, freeze
 from eval.inside.intervene import hidden_width
 from eval.inside.look import Batch, Look, LookConfig
@@ -24,7 +27,6 @@ from eval.suite import Context
 
 FILE = "neurons.json"
 PLAIN, ADDED, SILENCED, RANDOM = "as it is", "register added", "neurons silenced", "random neurons moved"
-SIGMAS = 3  # of the rule mean + 3 std
 FEW = 1.5  # times the others' norm, below which "outliers" are none in the papers' sense
 
 
@@ -36,7 +38,8 @@ class AddedRegistersConfig(LookConfig):
     """
 
     detect: int = -2  # block after which outliers are told, as an index into a list
-    cutoff: float = 0.0  # norm beyond which a patch is an outlier; 0 = mean + 3 std of all patches looked at
+    cutoff: str = "3std"  # norm beyond which a patch is an outlier: as for `artifacts`
+    cutoff_images: int = 256  # on which the cutoff is found
     top_layer: int | None = None  # last block whose neurons are considered; none = the one in which outliers rise
     top_k: int = 10  # neurons that are taken
     registers: int = 1  # tokens that are added; each is given the same
@@ -46,16 +49,15 @@ class AddedRegistersConfig(LookConfig):
 
     @staticmethod
     def quick() -> list[str]:
-        return ["images=200", "train_images=2000"]
+        return ["images=200", "train_images=2000", "cutoff_images=100"]
 
     def check(self) -> None:
         """Raises ConfigError."""
         super().check()
-        for key in ("top_k", "registers"):
+        check_rule(self.cutoff)
+        for key in ("top_k", "registers", "cutoff_images"):
             if getattr(self, key) < 1:
                 raise ConfigError("must be at least 1", key)
-        if self.cutoff < 0:
-            raise ConfigError("cannot be negative", "cutoff")
 
 
 def run(backbone: Backbone, cfg: AddedRegistersConfig, context: Context) -> Result:
@@ -68,7 +70,8 @@ def run(backbone: Backbone, cfg: AddedRegistersConfig, context: Context) -> Resu
         given, backbone = backbone.neurons, backbone.plain
     detect = _block(backbone, cfg.detect, "detect")
     look = Look(backbone, cfg, context)
-    cutoff = cfg.cutoff or _three_sigmas(look, detect)
+    decided, found_on = decide_cutoff(look, cfg.cutoff, cfg.cutoff_images, detect)
+    cutoff = decided.number()
     sums = _tally(look, detect, cutoff)
     found = given or _find(backbone, cfg, sums, detect, context.weights)
     said = ["the neurons were given, not found here"] if given else []
@@ -83,7 +86,8 @@ def run(backbone: Backbone, cfg: AddedRegistersConfig, context: Context) -> Resu
     result = look.result(
         "test-time-registers", scores, [*said, *_notes(sums, detect, found)], arrays=arrays,
         variants={name: _summary(rows[name], name, rows[PLAIN]) for name in networks},
-        **_found_details(found, sums, cutoff, detect, cfg, frozen), tokens=int(sums.patches.sum()),
+        **_found_details(found, sums, detect, frozen), tokens=int(sums.patches.sum()),
+        cutoff={"value": decided.value, "rule": decided.rule, "how": decided.how, **found_on},
     )  # fmt: skip
     if found:
         result.files["neurons"] = FILE
@@ -94,20 +98,6 @@ def _block(backbone: Backbone, index: int, key: str) -> int:
     if index not in range(-backbone.depth, backbone.depth):
         raise ConfigError(f"the network has {backbone.depth} blocks", key)
     return range(backbone.depth)[index]
-
-
-def _three_sigmas(look: Look, detect: int) -> float:
-    """Mean + 3 standard deviations of the norms of all patches of all images."""
-
-    def moments(batch: Batch) -> Tensor:
-        norms = leaving_norms(look.backbone, batch.images, detect).double().cpu()
-        return torch.stack([torch.ones_like(norms), norms, norms.square()]).sum((1, 2))
-
-    total = _over_ranks(look, sum(look.through(moments, "norms of patches"), torch.zeros(3, dtype=torch.float64)))
-    count, mean, square = total[0], total[1] / total[0], total[2] / total[0]
-    spread = (square - mean.square()).clamp(min=0).sqrt()
-    assert count > 0
-    return float(mean + SIGMAS * spread)
 
 
 def _tally(look: Look, detect: int, cutoff: float) -> Tally:
@@ -129,10 +119,6 @@ def _tally(look: Look, detect: int, cutoff: float) -> Tally:
     return Tally(
         *(torch.stack([getattr(part, key) for part in parts]).sum(0) for key in ("activation", "norm", "patches"))
     )
-
-
-def _over_ranks(look: Look, value: Tensor) -> Tensor:
-    return torch.stack(look.context.ranks.gather_objects(value)).sum(0)
 
 
 def _find(
@@ -192,14 +178,13 @@ def _measure(
 def _scores(rows: dict[str, Tensor]) -> dict[str, Score]:
     named = {PLAIN: "before", ADDED: "after"}
     scores = {
-        f"outliers_{said}": mean_score(100 * _column(rows[name], "share"), "%", "lower")
+        f"outliers_{said}": share_score(_column(rows[name], "share"), "lower")
         for name, said in named.items()
         if name in rows
     }
     for name, said in named.items():
         if name in rows:
-            mass = 100 * _column(rows[name], "mass_outliers")
-            scores[f"attention_on_outliers_{said}"] = mean_score(mass, "%", "lower")
+            scores[f"attention_on_outliers_{said}"] = share_score(_column(rows[name], "mass_outliers"), "lower")
     if ADDED in rows:
         scores["cosine_after"] = mean_score(_column(rows[ADDED], "cosine"))
     for name, said in named.items():
@@ -228,9 +213,7 @@ def _mean(values: Tensor) -> dict[str, float] | None:
     return {"value": score.value, "low": score.low, "high": score.high}
 
 
-def _found_details(
-    found: Neurons | None, sums: Tally, cutoff: float, detect: int, cfg: AddedRegistersConfig, frozen: Frozen | None
-) -> dict[str, Any]:
+def _found_details(found: Neurons | None, sums: Tally, detect: int, frozen: Frozen | None) -> dict[str, Any]:
     norm = sums.mean_norm
     table = []
     if found is not None:
@@ -245,8 +228,6 @@ def _found_details(
             for block, neuron in found.neurons
         ]
     return {
-        "cutoff": cutoff,
-        "rule": "given" if cfg.cutoff else f"mean + {SIGMAS} std",
         "detect": detect,
         "onset": onset(norm, detect) if sums.patches.all() else None,
         "top_layer": max((block for block, _ in found.neurons), default=None) if found else None,
@@ -255,6 +236,7 @@ def _found_details(
         "ratio_entering": _finite(norm[0, 0] / norm[1, 0]),
         "norm_by_block": {"outliers": list(map(_finite, norm[0])), "others": list(map(_finite, norm[1]))},
         "neurons": table,
+        **({key: getattr(found, key) for key in ("registers", "copied", "silenced")} if found else {}),
         "probe": frozen.kind if frozen else None,
         "edges": [round(float(edge), 6) for edge in EDGES],
     }
@@ -265,6 +247,8 @@ def _finite(value: Tensor) -> float | None:
 
 
 def _notes(sums: Tally, detect: int, found: Neurons | None) -> list[str]:
+    if not sums.patches[1]:
+        return ["all patches are beyond the cutoff: there is nothing to compare them with"]
     if not sums.patches[0]:
         return [
             "no patch is beyond the cutoff" + ("" if found else ": there is nothing to move, and no register was added")

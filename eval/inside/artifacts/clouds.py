@@ -72,6 +72,8 @@ def check_rule(rule: str) -> None:
 
 def find_cutoff(counts: Counts, rule: str) -> Cutoff:
     """By a rule that passes `check_rule`, from the histogram (BINS,) of the norms of patch tokens."""
+    if (rule == "3std" or rule.startswith("q")) and _all_alike(counts):  # or all might lie beyond their own mean
+        return Cutoff(None, rule, "all norms are the same, so that there is no cutoff and nothing is an outlier")
     if rule == "3std":  # Jiang et al. 2025
         mean, std = moments(counts)
         return Cutoff(mean + 3 * std, rule, f"mean + 3 standard deviations = {mean:.4g} + 3 x {std:.4g}")
@@ -90,6 +92,12 @@ def find_cutoff(counts: Counts, rule: str) -> Cutoff:
             f"{APART} times as long: nothing is an outlier",
         )  # fmt: skip
     return Cutoff(clouds.valley, rule, f"the valley between two clouds of norms, around {low:.4g} and {high:.4g}")
+
+
+def _all_alike(counts: Counts) -> bool:
+    """As far as the histogram knows."""
+    kept = np.flatnonzero(counts)
+    return len(kept) == 0 or bool(kept[-1] - kept[0] <= 1)
 
 
 def find_upper_cloud(counts: Counts) -> Clouds | None:

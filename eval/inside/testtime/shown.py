@@ -31,8 +31,6 @@ PAPER = (
 def findings(seen: Sequence[Seen], album: Album) -> list[Finding]:
     """The one section of number 5."""
     pictures = [_overview(seen, album), *(_maps(each, album) for each in seen if "photos" in each.arrays)]
-    first = seen[0].evaluation
-    options = first.protocol
     return [
         Finding(
             "5",
@@ -41,19 +39,30 @@ def findings(seen: Sequence[Seen], album: Album) -> list[Finding]:
             "finished network, instead of to patches?",
             " ".join(map(_said, seen)),
             PAPER,
-            f"{counted(first.images, 'image')}, {counted(first.details['tokens'], 'patch token')} a network"
-            + _trained(first.data),
+            _basis(seen),
             pictures,
             ("", "patches that are outliers", "longest patch", "register", "attention of CLS on outliers",
              "on registers", "cosine of CLS", "accuracy"),
             [row for each in seen for row in _rows(each)],
-            _how(seen, options),
+            _how(seen),
         )
     ]  # fmt: skip
 
 
+def _basis(seen: Sequence[Seen]) -> str:
+    said = [
+        f"{counted(each.evaluation.images, 'image')}, {counted(int(details['tokens']), 'patch token')}"
+        + _trained(each.evaluation.data)
+        for each in seen
+        for details in [dict[str, Any](each.details)]
+    ]
+    if len(set(said)) == 1:
+        return said[0] + (", for each network" if len(said) > 1 else "")
+    return "; ".join(f"{each.name}: {text}" for each, text in zip(seen, said, strict=True))
+
+
 def _trained(data: dict[str, Any]) -> str:
-    return f"; classifier trained on {counted(data['train'], 'image')}" if data.get("train") else ""
+    return f", classifier trained on {counted(data['train'], 'image')}" if data.get("train") else ""
 
 
 def _said(seen: Seen) -> str:
@@ -61,7 +70,7 @@ def _said(seen: Seen) -> str:
     details: dict[str, Any] = seen.details
     variants = details["variants"]
     if ADDED not in variants:
-        return f"{seen.name}: no patch is beyond the cutoff of {details['cutoff']:.3g}, so that nothing was moved."
+        return f"{seen.name}: {_outliers(details)}, so that nothing was moved."
     added = variants[ADDED]
     moved = (
         f"moving {counted(len(details['neurons']), 'neuron')} to an added token leaves "
@@ -74,8 +83,11 @@ def _said(seen: Seen) -> str:
 def _outliers(details: dict[str, Any]) -> str:
     """How many, and how much longer; and whether a block makes them."""
     ratio, entering = details["ratio"], details["ratio_entering"]
+    if not details["outliers"]:
+        value = details["cutoff"]["value"]
+        return f"no patch is beyond the cutoff of {value:.3g}" if value else "no patch stands out by its norm"
     if ratio is None:
-        return f"no patch is beyond the cutoff of {details['cutoff']:.3g}"
+        return "all patches are beyond the cutoff, which tells none from the others"
     share = percent(details["variants"][PLAIN]["share"]["value"])
     said = f"{share} of the patches are beyond the cutoff, {ratio:.1f} times as long as the others"
     if ratio < FEW:
@@ -125,7 +137,7 @@ def _number(score: dict[str, float] | None, digits: int = 1) -> str:
     return "–" if score is None else f"{score['value']:.{digits}f}"
 
 
-def _how(seen: Sequence[Seen], options: dict[str, Any]) -> list[str]:
+def _how(seen: Sequence[Seen]) -> list[str]:
     said = [
         "neurons: those with the highest mean |activation| on outlier patches over all images, in blocks up to the "
         "one where outliers rise, which is the first after which they are half as far above the others as where they "
@@ -134,20 +146,27 @@ def _how(seen: Sequence[Seen], options: dict[str, Any]) -> list[str]:
         "the added token enters the first block as zeros, behind CLS and trained registers, without a position, and "
         "after any norm before the first block; the paper's code appends it at the end, which is the same to "
         "attention",
-        f"the register is given, in each image, each neuron's activation of the patch where it is "
-        f"{'farthest from zero, with its sign' if options['copied'] == 'strongest' else 'largest'}; "
-        f"of several registers each is given all of it",
-        f"the neurons are silenced on {'patches' if options['silenced'] == 'patches' else 'all other tokens'}, "
-        "in every image of a batch (published code does so in its first image alone)",
+        "neurons are silenced in every image of a batch (published code does so in its first image alone)",
         "attention on outliers: that of CLS in the last block, a mean over heads, on the patches that are outliers "
         "in the network as it is; accuracy: of a classifier that was trained on class tokens of the network as it is",
     ]
-    for each in seen:
-        details: dict[str, Any] = each.details
-        cutoff = f"outliers are patches longer than {details['cutoff']:.4g} ({details['rule']})"
-        probe = f"; {details['probe']}" if details["probe"] else "; no labels: no accuracy"
-        said.append(f"{each.name}: {cutoff} after block {details['detect'] + 1}{probe}")
-    return said
+    return said + [f"{each.name}: {_how_one(each.details)}" for each in seen]
+
+
+def _how_one(details: dict[str, Any]) -> str:
+    """What may differ from network to network; of neurons that were given, what their file says."""
+    value, how = details["cutoff"]["value"], details["cutoff"]["how"]
+    said = f"outliers are patches longer than {value:.4g} ({how})" if value else how
+    said = f"{said} after block {details['detect'] + 1}"
+    if details["neurons"]:
+        said += (
+            "; the register is given, in each image, each neuron's activation of the patch where it is "
+            f"{'farthest from zero, with its sign' if details['copied'] == 'strongest' else 'largest'}, "
+            f"and neurons are silenced on {'patches' if details['silenced'] == 'patches' else 'all other tokens'}"
+        )
+        if details["registers"] > 1:
+            said += f"; each of {details['registers']} registers is given all of it"
+    return said + (f"; {details['probe']}" if details["probe"] else "; no labels: no accuracy")
 
 
 def _overview(seen: Sequence[Seen], album: Album) -> Picture:
@@ -201,7 +220,8 @@ def _draw_norms(axes: Axes, seen: Seen, colour: str) -> None:
             axes.stairs(shares[name][2], edges, color=style, linewidth=width, label=SHORT[name])
     if ADDED in shares and shares[ADDED][1].any():
         axes.stairs(shares[ADDED][1], edges, color=colour, alpha=0.3, fill=True, label="register")
-    axes.axvline(float(seen.details["cutoff"]), color="black", linewidth=0.8, linestyle=":")  # type: ignore[arg-type]
+    if cutoff := seen.details["cutoff"]["value"]:  # type: ignore[index]
+        axes.axvline(cutoff, color="black", linewidth=0.8, linestyle=":")
     used = np.any([share.sum(0) > 0 for share in shares.values()], axis=0)
     low = min(float(share[share > 0].min()) for share in shares.values())
     axes.set(xscale="log", yscale="log", xlabel="norm (dotted: cutoff)", ylabel="share of tokens", ylim=(low / 2, 2))

@@ -162,6 +162,12 @@ def test_the_fit_climbs_to_a_mixture_that_no_shift_of_its_numbers_improves() -> 
         assert likelihood(means, spreads, share * (1 + 4 * change)) < reached
 
 
+@pytest.mark.parametrize("rule", ["valley", "3std", "q0.98"])
+def test_where_all_norms_are_the_same_nothing_stands_out(rule: str) -> None:
+    for norm in (20.0, 20.02, 37.123, 1e-9, 0.0):  # not even by the width of a bin, in the middle of which 20 may lie
+        assert find_cutoff(counted(np.full(500, norm)), rule).value is None
+
+
 @pytest.mark.parametrize("rule", ["ridge", "q2", "q0", "-3", "0", "nan", "qx", "inf"])
 def test_rules_that_make_no_sense_are_refused(rule: str) -> None:
     with pytest.raises(ConfigError, match="cutoff: is a number, valley, 3std, or a quantile"):

@@ -151,6 +151,28 @@ def test_a_network_without_outliers_is_left_as_it_is(scene: Path, tmp_path: Path
     assert not (tmp_path / "out" / "neurons.json").exists()
 
 
+@pytest.mark.parametrize("rule", ["valley", "3std", "q0.97", "60"])
+def test_the_cutoff_is_told_by_the_rules_of_artifacts(scene: Path, tmp_path: Path, rule: str) -> None:
+    words = [f"cutoff={rule}", "cutoff_images=30"]
+    told = measured(Ranks.alone(), tmp_path, scene, *words).details
+    assert told["cutoff"]["rule"] == ("fixed" if rule == "60" else rule)
+    assert told["cutoff"]["images"] == (0 if rule == "60" else 30)
+    assert [(each["block"], each["neuron"]) for each in told["neurons"]] == [(1, 3)]
+    assert told["variants"]["register added"]["share"]["value"] == 0
+
+
+def test_a_share_of_nothing_has_an_interval(scene: Path, tmp_path: Path) -> None:
+    score = measured(Ranks.alone(), tmp_path, scene).scores["outliers_after"]
+    assert (score.value, score.low) == (0, 0)
+    assert score.high > 5  # of 40 images
+
+
+def test_all_patches_beyond_the_cutoff_are_told(scene: Path, tmp_path: Path) -> None:
+    result = measured(Ranks.alone(), tmp_path, scene, "cutoff=1e-3")
+    assert result.details["neurons"] == []
+    assert any("all patches" in note for note in result.notes)
+
+
 def test_a_file_of_neurons_is_opened_like_weights(tmp_path: Path) -> None:
     model = planted_network()
     weights = tmp_path / "plain.safetensors"
