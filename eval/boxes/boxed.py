@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dinoreg.config import ConfigError
-from dinoreg.data.images import EXTENSIONS, BadImage, open_picture
+from dinoreg.data.images import EXTENSIONS, TRANSPOSED, BadImage, open_picture
 from eval.dense.pairs import read_bytes
 
 
@@ -44,8 +44,14 @@ class BoxedImages:
         return str(self.entries[place].file)
 
     def read(self, place: int) -> Tensor:
-        """Pixels, uint8 (3, H, W). Raises BadImage."""
-        return open_picture(read_bytes(self.entries[place].file), 3).decode()
+        """Pixels, uint8 (3, H, W), in the orientation that the boxes are of. Raises BadImage."""
+        entry = self.entries[place]
+        picture = open_picture(read_bytes(entry.file), 3)
+        # Who drew boxes on a photo without turning it as its EXIF says, has noted the size that it has unturned.
+        unturned = picture.orientation in TRANSPOSED and entry.size == (picture.width, picture.height)
+        if unturned and picture.width != picture.height:
+            picture.orientation = 1
+        return picture.decode()
 
     def trouble(self, place: int) -> str | None:
         """Why an image cannot be read; None where it can."""
@@ -69,17 +75,34 @@ class BoxedImages:
         return replace(self, entries=[self.entries[int(place)] for place in places])
 
     def named(self, file: Path) -> BoxedImages:
-        """Those that a text file lists, one name a line, with or without folder and ending. Raises ConfigError."""
+        """Those that a text file lists, one name a line, with or without folder and ending.
+
+        Folders count only where images in several have the same name. Raises ConfigError.
+        """
         try:
-            names = [Path(line.strip()).stem for line in file.read_text().splitlines() if line.strip()]
+            names = [_bare(Path(line.strip())) for line in file.read_text().splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot be read: {error}", "names") from error
-        by_name = {entry.file.stem: entry for entry in self.entries}
-        lacking = [name for name in names if name not in by_name]
+        by_name: dict[str, list[int]] = {}
+        for place, entry in enumerate(self.entries):
+            by_name.setdefault(_bare(entry.file).name, []).append(place)
+        lacking = [name.name for name in names if name.name not in by_name]
         if lacking or not names:
             said = f"{len(lacking)} of {len(names)} names are not in {self.path}; the first is {lacking[0]}"
             raise ConfigError(said if names else f"{file} names no image", "names")
-        return replace(self, entries=[by_name[name] for name in dict.fromkeys(names)])
+        return self.subset(dict.fromkeys(self._of_name(name, by_name[name.name]) for name in names))
+
+    def _of_name(self, name: Path, places: Sequence[int]) -> int:
+        """The one of these that is meant. Raises ConfigError."""
+        ends = [place for place in places if _bare(self.entries[place].file).parts[-len(name.parts) :] == name.parts]
+        if len(places) > 1 and len(ends) != 1:
+            raise ConfigError(f"{name} may be any of {len(places)} images: say its folder too", "names")
+        return ends[0] if ends else places[0]
+
+
+def _bare(file: Path) -> Path:
+    """Without the ending of an image; names may have points in them."""
+    return file.with_suffix("") if file.suffix[1:].lower() in EXTENSIONS else file
 
 
 def as_boxes(rows: Sequence[Sequence[float]]) -> NDArray[np.float32]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dinoreg.config import ConfigError
 from eval.boxes.boxed import Boxed, BoxedImages, as_boxes
+
+TRIED = 100  # images of the list by which their folder is found: some may be missing
 
 
 def read_coco(file: Path, folder: Path) -> BoxedImages:
@@ -30,7 +33,7 @@ def read_coco(file: Path, folder: Path) -> BoxedImages:
         ) from error
     if not images:
         raise ConfigError(f"{file} lists no images", "--data")
-    place = _folder(file, folder, images[0][0])
+    place = _folder(file, folder, [name for name, _, _ in images[:TRIED]])
     entries = [Boxed(place / name, as_boxes(rows), size) for name, size, rows in images]
     return BoxedImages(str(place), f"COCO, {file.name}", entries)
 
@@ -50,11 +53,11 @@ def _size(image: dict[str, Any]) -> tuple[int, int] | None:
     return (height, width) if height > 0 and width > 0 else None
 
 
-def _folder(file: Path, folder: Path, first: str) -> Path:
-    """The first folder that holds an image of the list, or would."""
+def _folder(file: Path, folder: Path, first: Sequence[str]) -> Path:
+    """The first folder that holds one of these images, or would."""
     name = file.stem.removeprefix("instances_").partition("_")[0]
     tried = [folder, folder / name, folder / "images" / name, folder / "images"]
-    if found := next((each for each in tried if (each / first).is_file()), None):
+    if found := next((each for each in tried if any((each / one).is_file() for one in first)), None):
         return found
     there = next((each for each in tried[1:] if each.is_dir()), None)
     if there is None and not any(folder.glob("*.jpg")):

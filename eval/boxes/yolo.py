@@ -1,13 +1,19 @@
-"""YOLO's layout: a text file an image, a line an object with its class, centre and size as shares of the image's."""
+"""YOLO's layout: a text file an image, a line an object with its class, centre and size as shares of the image's.
+
+Or with its class and the corners of a polygon around it: then the box is that around the polygon.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from dinoreg.config import ConfigError
 from dinoreg.data.images import EXTENSIONS, BadImage, open_picture
 from eval.boxes.boxed import Boxed, BoxedImages, as_boxes
 from eval.dense.pairs import read_bytes
+
+CORNERS = 6  # numbers of a triangle
 
 
 def read_yolo(root: Path) -> BoxedImages:
@@ -30,9 +36,23 @@ def _read(image: Path, note: Path) -> Boxed:
     rows = []
     try:
         for line in note.read_text().splitlines() if note.is_file() else []:
-            _, across, down, width, height = map(float, line.split()[:5])
-            left, top = (across - width / 2) * picture.width, (down - height / 2) * picture.height
-            rows.append([left, top, left + width * picture.width, top + height * picture.height])
+            if numbers := [float(word) for word in line.split()]:
+                sides = _sides(numbers[1:])
+                rows.append([side * (picture.width, picture.height)[at % 2] for at, side in enumerate(sides)])
     except (OSError, ValueError) as error:
         raise ConfigError(f"{note} is damaged: {error}", "--data") from error
     return Boxed(image, as_boxes(rows), (picture.height, picture.width))
+
+
+def _sides(numbers: Sequence[float]) -> tuple[float, float, float, float]:
+    """Left, top, right, bottom of centre and size, which a confidence may follow, or of three corners or more.
+
+    Raises ValueError.
+    """
+    if len(numbers) >= CORNERS and len(numbers) % 2 == 0:
+        across, down = numbers[::2], numbers[1::2]
+        return min(across), min(down), max(across), max(down)
+    if len(numbers) not in (4, 5):
+        raise ValueError(f"an object has {len(numbers)} numbers")
+    x, y, width, height = numbers[:4]
+    return x - width / 2, y - height / 2, x + width / 2, y + height / 2

@@ -12,7 +12,8 @@ from objects import write_objects
 from PIL import Image
 
 from dinoreg.config import ConfigError
-from dinoreg.data.images import BadImage
+from dinoreg.data.images import ORIENTATION, BadImage
+from eval.boxes.boxed import Boxed, BoxedImages, as_boxes
 from eval.boxes.opening import open_boxes
 from eval.suite import Place
 
@@ -96,6 +97,40 @@ def test_coco_leaves_out_crowds_and_keeps_images_without_boxes(tmp_path: Path) -
         open_boxes(parts, names=str(tmp_path / "names.txt"))
 
 
+def test_photos_are_turned_as_their_boxes_are(tmp_path: Path) -> None:
+    """Cameras note how they were held; who draws boxes sees the photo turned by that, or does not."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    root = write_coco(tmp_path)
+    for name in "ab":  # a is annotated as 50 wide and 40 high; nobody says what b is
+        Image.new("RGB", (50, 40)).save(root / "train2014" / f"{name}.jpg", exif=exif)
+    images = open_boxes(Place(root))
+    assert images.read(0).shape == (3, 40, 50) and images.read(1).shape == (3, 50, 40)
+
+
+def test_the_folder_of_images_is_found_where_the_first_is_missing(tmp_path: Path) -> None:
+    root = write_coco(tmp_path)
+    (root / "train2014").rename(root / "photos")
+    (root / "photos" / "a.jpg").unlink()
+    Image.new("RGB", (50, 40)).save(root / "photos" / "b.png")
+    file = root / "annotations" / "instances_train2014.json"
+    file.write_text(file.read_text().replace("b.jpg", "b.png"))
+    images = open_boxes(Place.of([f"images={root}/photos", f"annotations={file}"]))
+    assert images.trouble(0) == "missing" and images.trouble(1) is None
+
+
+def test_images_of_the_same_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    boxes = [as_boxes([[0, 0, side, side]]) for side in (1, 2, 3)]
+    files = [Path("/data/one/a.b.jpg"), Path("/data/two/a.b.jpg"), Path("/data/two/c.jpg")]
+    images = BoxedImages("/data", "", [Boxed(file, each, None) for file, each in zip(files, boxes, strict=True)])
+    names = tmp_path / "names.txt"
+    names.write_text("two/a.b\nelsewhere/c.jpg\ntwo/a.b.jpg\n")
+    assert [float(entry.boxes.max()) for entry in images.named(names).entries] == [2, 3]
+    names.write_text("a.b\n")
+    with pytest.raises(ConfigError, match=r"names: a\.b may be any of 2 images: say its folder too"):
+        images.named(names)
+
+
 def test_yolo_says_shares_of_the_image(tmp_path: Path) -> None:
     for folder in ("images", "labels"):
         (tmp_path / folder / "train").mkdir(parents=True)
@@ -105,6 +140,13 @@ def test_yolo_says_shares_of_the_image(tmp_path: Path) -> None:
     images = open_boxes(Place(tmp_path))
     np.testing.assert_allclose(images.entries[0].boxes, [[20, 0, 30, 40]])
     assert images.entries[1].boxes.shape == (0, 4)
+    # A polygon, and centre and size with a confidence.
+    (tmp_path / "labels" / "train" / "b.txt").write_text("0 0.1 0.5 0.5 0.25 0.3 1.0\n\n3 0.5 0.5 0.2 1.0 0.9\n")
+    polygon = open_boxes(Place(tmp_path)).entries[1].boxes
+    np.testing.assert_allclose(polygon, [[5, 10, 25, 40], [20, 0, 30, 40]], rtol=1e-6)
+    (tmp_path / "labels" / "train" / "a.txt").write_text("3 0.5 0.5 0.2\n")
+    with pytest.raises(ConfigError, match=r"--data: .*a.txt is damaged: an object has 3 numbers"):
+        open_boxes(Place(tmp_path))
     (tmp_path / "labels" / "train" / "a.txt").write_text("3 0.5 half\n")
     with pytest.raises(ConfigError, match=r"--data: .*a.txt is damaged"):
         open_boxes(Place(tmp_path))
