@@ -22,6 +22,7 @@ from eval.inside.discovery.lost import COMPANY
 from eval.inside.discovery.photos import as_arrays, look_at
 from eval.inside.discovery.search import Outcome, Search
 from eval.inside.discovery.sweep import Scale, Sweep
+from eval.inside.finding import counted
 from eval.probe import all_alike
 from eval.results import Result
 from eval.suite import Context
@@ -184,7 +185,12 @@ def _notes(cfg: DiscoveryConfig, verdict: Verdict, search: Search, short: int, t
         )
         notes.append(f"images are resized to a short side of {short} pixels{why}")
     if outcome.empty.any():
-        notes.append(f"{int(outcome.empty.sum())} images have no box: whatever is found in them is wrong")
+        notes.append(f"without any box: {counted(outcome.empty.sum(), 'image')}, where whatever is found is wrong")
+    if outcome.resized.any():
+        notes.append(
+            f"of another size than the annotation says: {counted(outcome.resized.sum(), 'image')}, where boxes may be "
+            "in the wrong place"
+        )
     if verdict.can_choose:
         notes.append(
             f"corloc_tuned: block, feature and bias were chosen by the boxes of {int(verdict.tuning.sum())} images, "

@@ -73,7 +73,8 @@ def side_by_side(seen: Sequence[Seen]) -> Iterator[list[int]]:
     alike: dict[tuple[str, ...], list[int]] = {}
     for at, each in enumerate(seen):
         if names := tuple(shot.about["name"] for shot in shots(each)):
-            alike.setdefault(names, []).append(at)
+            # Sets of images often have the same names.
+            alike.setdefault((str(each.evaluation.data["hash"]), *names), []).append(at)
     for places in alike.values():
         for start in range(0, len(places), SIDE_BY_SIDE):
             yield places[start : start + SIDE_BY_SIDE]

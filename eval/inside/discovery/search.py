@@ -30,9 +30,9 @@ class Outcome:
 
     places: int64 (n,), in the set. right: bool (n, L, F, S), whether the box is; outside: bool, alike, whether the
     seed was outside of its mask; areas: fp32, alike, the share of the image that the box covers. floors: bool (n, 2),
-    whether boxes drawn without looking are right. empty: bool (n,), images without a true box. patches: int64 (n,), as
-    which they are seen. apart: fp64 (n, L, F, 2), loud: int64 (n, L), as in Found. seconds: of this rank, in the
-    network and LOST, and all of them.
+    whether boxes drawn without looking are right. empty: bool (n,), images without a true box; resized: bool (n,),
+    those that have another size than their annotation says. patches: int64 (n,), as which they are seen. apart: fp64
+    (n, L, F, 2), loud: int64 (n, L), as in Found. seconds: of this rank, in the network and LOST, and all of them.
     """
 
     places: NDArray[np.int64]
@@ -41,6 +41,7 @@ class Outcome:
     areas: NDArray[np.float32]
     floors: NDArray[np.bool_]
     empty: NDArray[np.bool_]
+    resized: NDArray[np.bool_]
     patches: NDArray[np.int64]
     apart: NDArray[np.float64]
     loud: NDArray[np.int64]
@@ -57,6 +58,7 @@ class _Row:
     areas: NDArray[np.float32]
     floors: NDArray[np.bool_]
     empty: bool
+    resized: bool
     patches: int
     apart: NDArray[np.float64]
     loud: NDArray[np.int64]
@@ -139,14 +141,14 @@ class Search:
 
     def _judge(self, place: int, one: Found, seen: tuple[int, int], size: tuple[int, int]) -> _Row:
         """one: what is found in one image, without the first axis; seen, size: (height, width)."""
-        truth = self.images.entries[place].boxes
+        truth, said = self.images.entries[place].boxes, self.images.entries[place].size
         found = in_pixels(one.boxes, self.sweep.sight.patch, seen, size)
         areas = (found[..., 2:] - found[..., :2]).prod(-1) / (size[0] * size[1])
         down, across = self.sweep.sight.grid(seen)
         without_looking = hits(floors(size), truth)
         return _Row(
-            place, hits(found, truth), one.outside, areas, without_looking, not len(truth), down * across, one.apart,
-            one.loud,
+            place, hits(found, truth), one.outside, areas, without_looking, not len(truth), said not in (None, size),
+            down * across, one.apart, one.loud,
         )  # fmt: skip
 
     def _leave_out(self, rows: Sequence[_Row]) -> None:

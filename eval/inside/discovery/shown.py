@@ -81,7 +81,8 @@ def _steps(seen: Sequence[Seen], album: Album) -> Finding:
             "Images are seen at their own size, filled up with zeros below and on the right to whole patches, unless a "
             "note says that they were resized.",
             f"The seed expands among the {_company(seen)} patches that agree with the fewest, whatever the number of "
-            "patches. Where several patches agree with equally few, the first from the top left is the seed; the "
+            "patches; among all where an image has fewer. Where several patches agree with equally few, the first from "
+            "the top left is the seed; the "
             "authors' code leaves that open.",
             "With a bias, the seed can be outside of what grows from it. Then its own patch is the box, where the "
             "authors' code would stop; how often that happened is said above.",
@@ -114,18 +115,24 @@ def _compared(seen: Sequence[Seen]) -> list[str]:
     """What the others have more than the first, on the same images."""
     said = []
     for other in seen[1:]:
-        name = (
-            "corloc_tuned" if all("corloc_tuned" in each.evaluation.scores for each in (seen[0], other)) else "corloc"
-        )
+        name = "corloc_tuned" if _split(seen[0]) is not None and _split(seen[0]) == _split(other) else "corloc"
         if other.evaluation.data["hash"] != seen[0].evaluation.data["hash"]:
             said.append(f"{other.name} was not shown the same images as {seen[0].name}.")
             continue
         gap = difference(other.evaluation, seen[0].evaluation, name)
         chance = "which may be chance" if gap.verdict == "within" else "which is more than chance"
+        how = "with the chosen bias" if name == "corloc_tuned" else "without a bias"
         said.append(
-            f"{other.name} less {seen[0].name}: {gap.value:+.1f} points ({gap.low:+.1f} to {gap.high:+.1f}), {chance}."
+            f"{other.name} less {seen[0].name}, {how}: {gap.value:+.1f} points ({gap.low:+.1f} to {gap.high:+.1f}), "
+            f"{chance}."
         )
     return said
+
+
+def _split(seen: Seen) -> tuple[Any, ...] | None:
+    """By what it was drawn which images choose, and which judge that; None where none choose."""
+    protocol = seen.evaluation.protocol
+    return (protocol["tune_share"], protocol["seed"]) if "corloc_tuned" in seen.evaluation.scores else None
 
 
 def _told_steps(seen: Seen) -> str:

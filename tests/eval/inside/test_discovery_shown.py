@@ -9,6 +9,7 @@ from evaluating import run_suite, surroundings
 from objects import object_network, write_objects
 
 from eval.backbone import Backbone
+from eval.inside.discovery.pictures import side_by_side
 from eval.inside.discovery.shown import findings
 from eval.inside.finding import Album, Finding, Seen
 from eval.report.read import read_evaluation
@@ -47,7 +48,8 @@ def test_two_networks_side_by_side(data: Path, tmp_path: Path) -> None:
     scores = found["1.9"]
     assert "20 offset: right in 100.0 % of images with the chosen bias" in scores.seen
     assert "0.0 % without a bias" in scores.seen and "clearly more than a box drawn without looking" in scores.seen
-    assert "4 registers less 20 offset: +0.0 points" in scores.seen and "may be chance" in scores.seen
+    assert "4 registers less 20 offset, with the chosen bias: +0.0 points" in scores.seen
+    assert "may be chance" in scores.seen
     assert scores.rows[1][:2] == ["4 registers", "100.0 (67.6–100.0)"]
     assert "8 images" in scores.basis and "chosen on 4 of them, judged on 4" in scores.basis
     assert not any("published" in row[0] for row in scores.rows)
@@ -70,8 +72,16 @@ def test_published_figures_stand_beside_scores_on_the_same_images(data: Path, tm
 
 
 def test_networks_that_were_shown_other_images_are_not_compared(data: Path, tmp_path: Path) -> None:
-    other = write_objects(tmp_path / "other", 6, seed=1)
-    words = ("photos=0", "features=[k]")
+    other = write_objects(tmp_path / "other", 8, sizes=((64, 48), (46, 63)), seed=1)
+    words = ("photos=1", "features=[k]", "biases=[0.0]")
     seen = [measured(tmp_path, data, *words, registers=0), measured(tmp_path, other, *words, registers=4)]
+    names = [each.details["photos"][0]["name"] for each in seen]  # type: ignore[index]
+    assert names[0] == names[1] and list(side_by_side(seen)) == [[0], [1]]  # other photos of the same name
     found = told(seen, tmp_path)
     assert "was not shown the same images" in found["1.9"].seen
+
+
+def test_choices_that_were_judged_on_other_images_are_not_compared(data: Path, tmp_path: Path) -> None:
+    words = ("photos=0", "features=[k]", "biases=[0.0]")
+    seen = [measured(tmp_path, data, *words, registers=0), measured(tmp_path, data, *words, "seed=1", registers=4)]
+    assert "4 registers less 0 registers, without a bias: " in told(seen, tmp_path)["1.9"].seen

@@ -110,6 +110,7 @@ def test_degenerate_images(tmp_path: Path) -> None:
     assert result.details["images"] == 6 and result.details["patches"][0] == 1
     assert result.details["patches"][2] <= 500
     assert np.isfinite(result.arrays["areas"]).all() and (result.arrays["areas"] <= 1).all()
+    assert any("of another size than the annotation says: 4 images" in said for said in result.notes)
 
 
 def test_images_without_boxes_count_as_not_found(tmp_path: Path) -> None:
@@ -118,7 +119,7 @@ def test_images_without_boxes_count_as_not_found(tmp_path: Path) -> None:
     note.write_text("<annotation></annotation>")
     result = discover(tmp_path, data, "tune_share=0")
     assert result.scores["corloc"].value == 75 and "corloc_tuned" not in result.scores
-    assert any("1 images have no box" in said for said in result.notes)
+    assert any("without any box: 1 image," in said for said in result.notes)
     for other in data.glob("Annotations/*.xml"):
         other.write_text("<annotation></annotation>")
     with pytest.raises(ConfigError, match="none of the 4 images has a box"):
