@@ -160,10 +160,11 @@ def open_checkpoints(asked: Namespace, alone: bool) -> list[Checkpoint]:
         homes = [asked.output]
     else:
         homes = [asked.output / name for name in _distinct([stem_of(Path(name)) for name in names])]
-    if len(set(homes)) < len(homes):
-        raise ConfigError("two of the weights would have their results in the same folder: name one", "--output")
     own = alone and bool(asked.output) and len(names) == 1
-    return [Checkpoint(*each, own) for each in zip(names, backbones, homes, strict=True)]
+    checkpoints = [Checkpoint(*each, own) for each in zip(names, backbones, homes, strict=True)]
+    if len({each.output("") for each in checkpoints}) < len(checkpoints):  # steps of one run lie side by side
+        raise ConfigError("two of the weights would have their results in the same folder: name one", "--output")
+    return checkpoints
 
 
 def home_of(weights: Path, backbone: Backbone) -> Path:

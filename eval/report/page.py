@@ -50,10 +50,10 @@ def _experiments(folder: Path, needed: bool) -> list[Evaluation]:
     group = gather(folder)
     if needed and not group:
         raise ConfigError(f"{folder} holds no experiments to lay side by side", "--compare")
-    others = {each.digest for each in find_evaluations(folder) if each.suite in EXPERIMENTS and not each.run}
-    if others - {each.digest for each in group}:
-        print(f"{folder} holds experiments on {len(others)} networks; {INSIDE} shows {name_of(group)}: give the folder "
-              "of each, the second one with --compare")  # fmt: skip
+    networks = {each.digest for each in find_evaluations(folder) if each.suite in EXPERIMENTS}
+    if len(networks) > 1:
+        print(f"{folder} holds experiments on {len(networks)} networks; {INSIDE} shows {name_of(group)}, the newest: "
+              "name the folder of another one, also as --compare")  # fmt: skip
     return group
 
 

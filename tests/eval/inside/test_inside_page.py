@@ -73,3 +73,21 @@ def test_names_that_figures_cannot_hold_and_a_page_of_a_folder_with_two_networks
     assert "holds experiments" not in capsys.readouterr().out
     with pytest.raises(ConfigError, match="no results"):
         report([str(tmp_path / "out" / "_y"), "--compare", str(tmp_path / "data")])
+
+
+def test_two_steps_of_a_run_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_classes(tmp_path / "data", 2)
+    run = tmp_path / "run"
+    (run / "teacher").mkdir(parents=True)
+    (run / "config.yaml").touch()
+    early, late = (
+        str(write_weights(run / "teacher" / f"step_{step:08d}.safetensors", step, step)) for step in (10, 20)
+    )
+    for other, code in ((early, 0), (late, 2)):
+        with pytest.raises(SystemExit) as left:
+            main(["features", "--weights", late, "--compare", other, "--data", str(tmp_path / "data"), "photos=1"])
+        assert left.value.code == code
+    assert "in the same folder" in capsys.readouterr().err
+    content = (run / "eval" / "inside.html").read_text()
+    assert "run, step 20" in content and "run, step 10" in content
+    assert report([str(run)]) == 0 and "shows run, step 20, the newest" in capsys.readouterr().out
