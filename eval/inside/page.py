@@ -223,7 +223,7 @@ def _protocol(evaluation: Evaluation, name: str) -> Html:
         if data["test"]
         else "no image was looked at",
         *evaluation.notes,
-        *(f"{key} = {value}" for key, value in evaluation.protocol.items()),
+        *(f"{key} = {'none' if value is None else value}" for key, value in evaluation.protocol.items()),
     ]
     return folded(f"{evaluation.suite}, {name}", bullets(said))
 
