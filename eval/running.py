@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dinoreg.config import ConfigError, load
 from dinoreg.data.workers import choose_workers
@@ -227,7 +228,7 @@ def default_cache() -> Path:
 
 def show(results: Sequence[Result], weights: str) -> None:
     """A table of all figures with their intervals, and what a reader of them must know, said once."""
-    table = Table(title=weights, title_justify="left")
+    table = Table(title=Text(weights, style="table.title"), title_justify="left")
     for heading in ("suite", "score", "value", "95 % interval"):
         table.add_column(heading, justify="left" if heading in ("suite", "score") else "right")
     suites_of: dict[str, list[str]] = {}
