@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dinoreg.config import ConfigError
 from eval.backbone import Backbone
+from eval.compute import autocast
 from eval.inside.decoupling.measure import ROW, Measured, measure, part_names
 from eval.inside.decoupling.oneshot import build_prototypes, draw_shots
 from eval.inside.decoupling.split import Choices
@@ -66,7 +67,7 @@ def run(backbone: Backbone, cfg: DecouplingConfig, context: Context) -> Result:
     table = tally.reduce(context.ranks)
     told = context.ranks.from_main(lambda: _told(table, tally, look, prototypes))
     arrays = {**_arrays(table, tally), **(_photo_arrays(start, photos, look) if len(photos) else {})}
-    notes = [] if look.labelled else ["without labels there is no one-shot classification"]
+    notes = _notes(prototypes)
     scores = headlines(table, told["cka"], told["one_shot"])
     return look.result("decoupling", scores, notes, arrays, **told, photos=names)
 
@@ -82,7 +83,7 @@ def _blocks(backbone: Backbone, cfg: DecouplingConfig, choices: Choices) -> list
 def _measured_at_once(look: Look, pixels: Tensor, choices: Choices, blocks: list[int]) -> Measured:
     """The few images whose maps are drawn."""
     count = torch.arange(len(pixels))
-    with torch.no_grad():
+    with torch.no_grad(), autocast(look.context.device, look.precision):
         batch = Batch(pixels.to(look.context.device), look.prepare(pixels), count, torch.zeros_like(count))
         return measure(look.backbone.model, batch, choices, blocks)
 
@@ -103,6 +104,14 @@ def _prototypes(look: Look, cfg: DecouplingConfig, choices: Choices) -> Tensor |
         mine |= dict(zip(rows[places.numpy()].tolist(), outputs, strict=True))
     found = {place: each for share in look.context.ranks.gather_objects(mine) for place, each in share.items()}
     return build_prototypes(found, shots, torch.zeros(3, look.backbone.embed_dim, device=look.context.device))
+
+
+def _notes(prototypes: Tensor | None) -> list[str]:
+    if prototypes is None:
+        return ["without labels there is no one-shot classification"]
+    lacking = int((~prototypes.flatten(2).any(-1)).all(0).sum())
+    said = f"{lacking} of {prototypes.shape[1]} classes have no training image, and are not found by one image a class"
+    return [said] if lacking else []
 
 
 def _told(table: Table, tally: Tally, look: Look, prototypes: Tensor | None) -> dict[str, Any]:

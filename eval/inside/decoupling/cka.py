@@ -157,8 +157,11 @@ Intervals = dict[str, tuple[float, float] | None]
 def jackknife(folds: Sequence[Moments], pairs: Mapping[str, tuple[str, str]]) -> dict[str, Intervals]:
     """Where `plain` and `debiased` CKA of each pair lie with 95 %, were there other images.
 
-    By how they move when each fold is left out; None where one is undefined for any of them.
+    By how they move when each fold is left out; None where one is undefined for any of them, and for too few images
+    to have some in each fold.
     """
+    if not all(fold.count for fold in folds):
+        return {name: {"plain": None, "debiased": None} for name in pairs}
     everything = total(folds)
     left: dict[str, list[Cka]] = {name: [] for name in pairs}
     for fold in folds:
@@ -167,20 +170,21 @@ def jackknife(folds: Sequence[Moments], pairs: Mapping[str, tuple[str, str]]) ->
             left[name].append(others.cka(*pair))
     return {
         name: {
-            "plain": _interval(everything.cka(*pair).plain, [each.plain for each in left[name]]),
-            "debiased": _interval(everything.cka(*pair).debiased, [each.debiased for each in left[name]]),
+            "plain": _interval(everything.cka(*pair).plain, [each.plain for each in left[name]], 0),
+            "debiased": _interval(everything.cka(*pair).debiased, [each.debiased for each in left[name]], -1),
         }
         for name, pair in pairs.items()
     }
 
 
-def _interval(value: float | None, left: Sequence[float | None]) -> tuple[float, float] | None:
+def _interval(value: float | None, left: Sequence[float | None], least: float) -> tuple[float, float] | None:
+    """least: what it can be; the most is 1."""
     known = [each for each in left if each is not None]
     if value is None or len(known) < len(left):
         return None
     spread = torch.tensor(known, dtype=torch.float64).var(correction=0) * (len(left) - 1)
     half = T * math.sqrt(float(spread))
-    return value - half, value + half
+    return max(least, value - half), max(value, min(1.0, value + half))  # 1 may be 1.0000001
 
 
 def total(folds: Sequence[Moments]) -> Moments:

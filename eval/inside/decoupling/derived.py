@@ -306,9 +306,9 @@ def _clutter_says(each: Seen) -> str:
             mean, spread = told[other]["mean"]["value"], told[other]["spread"]
             rho = told[other]["correlation"]["edges"]
             known = rho is not None and (rho["low"] > 0 or rho["high"] < 0)
-            goes = f"ρ = {number(rho['value'])} with edges" if known else "nothing to do with edges that could be seen"
-            said.append(f"{number(mean)} ± {number(spread)} against {other}, {goes}")
-    return "the share of patches is " + "; ".join(said) if said else "nothing is read"
+            goes = f"ρ = {number(rho['value'])} with edges" if known else "no correlation with edges to be seen"
+            said.append(f"{number(mean)} against {other} (standard deviation over images {number(spread)}), {goes}")
+    return "the share of patches is on average " + "; ".join(said) if said else "nothing is read"
 
 
 def _clutter_row(each: Seen) -> list[str]:

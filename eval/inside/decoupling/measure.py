@@ -74,22 +74,24 @@ def measure(
     last = F.cosine_similarity(torch.stack(leaving, dim=1), leaving[-1][:, None], dim=-1)
     points = outputs(split, step.block, model.norm, choices)
     read = step.block.norm1(step.entering).float()
-    weights = split.weights[..., 1 + registers :].mean(1)
-    return Measured(
-        batch.places,
-        batch.labels,
-        torch.cat([torch.stack(rows, dim=1), last[..., None]], dim=-1).float().cpu(),
-        parts,
-        points,
-        step.entering[:, 1 : 1 + registers].float(),
-        read[:, 1 : 1 + registers],
-        _known(read, weights, registers),
-        model.norm(step.leaving[:, 0]).float(),
-        split.shares.float().cpu(),
-        None if prototypes is None else guess(points, prototypes, batch.labels.to(points.device)).cpu(),
-        clutter(batch.pixels).cpu(),
-        weights.float(),
-    )
+    weights, final = split.weights[..., 1 + registers :].mean(1), model.norm(step.leaving[:, 0]).float()
+    # Only the network may be in bf16: what is told of it would be rounded, pixels and likeness to classes too.
+    with torch.autocast(points.device.type, enabled=False):
+        return Measured(
+            batch.places,
+            batch.labels,
+            torch.cat([torch.stack(rows, dim=1), last[..., None]], dim=-1).float().cpu(),
+            parts,
+            points,
+            step.entering[:, 1 : 1 + registers].float(),
+            read[:, 1 : 1 + registers],
+            _known(read, weights, registers),
+            final,
+            split.shares.float().cpu(),
+            None if prototypes is None else guess(points, prototypes, batch.labels.to(points.device)).cpu(),
+            clutter(batch.pixels).cpu(),
+            weights.float(),
+        )
 
 
 def part_names(choices: Choices, registers: int) -> list[str]:

@@ -50,8 +50,10 @@ def guess(points: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
 
     points: (B, 3, 4, D); prototypes: (draws, K, 3, D), of whole outputs; labels: (B,). Among classes that are equally
     near, the guess is by lot, and what is told is its chance to be right: outputs that are all 0 know nothing.
+    A class without a prototype, whose row is 0, comes after all others.
     """
     near = torch.einsum("bpkd,ncpd->bnpkc", F.normalize(points, dim=-1), prototypes)
+    near = near.masked_fill(~prototypes.any(-1).mT[:, :, None], -torch.inf)
     wanted = labels[:, None, None, None, None].expand(*near.shape[:-1], 1)
     own = near.gather(-1, wanted)
     nearer, equal = (near > own).sum(-1), (near == own).sum(-1)

@@ -1,4 +1,4 @@
-"""The findings L1 to L5: what CLS reads in the last layer, and what of it each part tells."""
+"""The findings L1 to L4: what CLS reads in the last layer, and what of it each part tells."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from eval.inside.decoupling.telling import (
     scored,
     share,
 )
-from eval.inside.finding import Album, Finding, Seen
+from eval.inside.finding import Album, Finding, Seen, counted
 
 MOST = 0.7  # of the attention, from which is said that it goes there
 FAITHFUL, FAINT = 0.9, 0.5  # CKA or cosine: above it is said to be much like the whole, below not
@@ -140,7 +140,8 @@ def _longest_says(each: Seen) -> str:
     index, over = told["index"], told["over_second"]
     cosines = [told["cosine"][at][index] for at in range(2)]
     said = f"register {index} is the longest in {share(told['largest'][index])} of the images"
-    said = "there is one register" if over is None else f"{said}, {number(over)} times as long as the next on average"
+    said = f"{said}, {number(over)} times as long as the next on average"
+    said = "there is one register" if len(told["norms"]) == 1 else said
     said += f"; two images give it a cosine of {number(cosines[0], 4)}, and {number(cosines[1], 4)} as it is read"
     return said + ("" if over is None or over > 2 else "; no register stands out")
 
@@ -276,58 +277,11 @@ def _shots_basis(each: Seen) -> str:
     if told["one_shot"] is None:
         return f"{each.name}: no labels"
     draws, classes = told["shots"]
-    return f"{told['images']:,} test images, {classes:,} classes with one training image each, drawn {draws} times"
+    many = f"{classes:,} classes" if classes != 1 else "1 class"
+    return f"{counted(told['images'], 'test image')}, {many} with one training image each, drawn {draws} times"
 
 
 def _shot_row(each: Seen, kind: str, word: str) -> list[str]:
     told = details(each)["one_shot"] or {}
     names = (f"branch/{kind}/top1", f"branch/{kind}/top5", f"residual/{kind}/top1", f"output/{kind}/top1")
     return [each.name, word, *(scored(told.get(name), 1) for name in names)]
-
-
-def tell_photos(seen: Sequence[Seen], album: Album) -> Finding | None:
-    """L5; None where no photos are there for all."""
-    if not all("photos" in each.arrays for each in seen):
-        return None
-    at = ROW.index("cosine_patches")
-    cosines = [each.arrays["photo_rows"][:, at] for each in seen]
-    maps = [each.arrays["maps"] for each in seen]
-    texts = [_under(*each) for each in zip(cosines, maps, strict=True)]
-    figure = drawing.photo_maps(names(seen), seen[0].arrays["photos"], maps, texts)
-    caption = (
-        "What CLS attends to in the last layer, mean over heads, and the cosine between what it reads from patches "
-        "and all "
-        "that it reads. The nearer to 0, the less the map says of CLS."
-    )
-    return Finding(
-        "L5", "A clean map need not be a faithful one",
-        "An attention map shows which patches are read. Is what is read from them what CLS becomes?",
-        each_says(seen, lambda each: _photos_say(each, cosines[list(seen).index(each)])),
-        "DINOv2-g with registers: an image with a clean attention map, whose patches alone give an output with a "
-        "cosine of −0.0092 to the whole [P].",
-        f"{len(cosines[0])} photos; means are over all: {basis(seen)}",
-        [album.save(figure, "L5_photos", caption)],
-        how=["Brightness is scaled for each map, from the patch that is read least to the one that is read most, but "
-             "for the brightest 1 %. Below it, the smallest and the largest weight by the mean of the map.",
-             *chosen(seen)],
-    )  # fmt: skip
-
-
-def _under(cosines: NDArray[Any], maps: NDArray[Any]) -> list[str]:
-    """Under each map: how uneven it is, and the cosine."""
-    said = []
-    for cosine, each in zip(cosines, maps, strict=True):
-        told = number(float(cosine)) if np.isfinite(cosine) else "–"
-        even = f"{each.min() / each.mean():.2g} to {each.max() / each.mean():.2g} × the mean" if each.any() else "all 0"
-        said.append(f"cosine {told}\n{even}")
-    return said
-
-
-def _photos_say(each: Seen, cosines: NDArray[Any]) -> str:
-    known = cosines[np.isfinite(cosines)]
-    if not len(known):
-        return "nothing is read from patches"
-    said = f"the cosine is {number(float(known.min()))} to {number(float(known.max()))} on these photos"
-    mean = last(each, "cosine_patches")
-    said += f", and {number(mean)} on average over all images"
-    return said + ("; here the map tells what CLS reads" if mean is not None and mean > FAITHFUL else "")

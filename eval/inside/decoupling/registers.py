@@ -44,8 +44,9 @@ class RegisterSums:
 
     def told(self) -> dict[str, Any] | None:
         """None without registers. norms: means; largest: shares of images in which each is the longest; index: of the
-        longest on average; over_second: how many times the mean norm of the next; cosine: before and after the norm,
-        by register, the mean over all pairs of images; few: share of the index's squared length in FEW dimensions.
+        longest on average; over_second: how many times the mean norm of the next, None where that is 0; cosine: before
+        and after the norm, by register, the mean over all pairs of images; few: share of the index's squared length in
+        FEW dimensions.
         """
         if not len(self._norms) or not self._count:
             return None
@@ -53,14 +54,14 @@ class RegisterSums:
         index = int(norms.argmax())
         second = norms.topk(2).values[1] if len(norms) > 1 else None
         strongest = self._squares[:, index].sort(dim=-1, descending=True).values
-        few = strongest[:, :FEW].sum(-1) / strongest.sum(-1)
+        few = [float(each[:FEW].sum() / each.sum()) if each.any() else None for each in strongest]
         return {
             "norms": norms.tolist(),
             "largest": (self._largest / self._count).tolist(),
             "index": index,
-            "over_second": None if second is None else float(norms[index] / second),
+            "over_second": float(norms[index] / second) if second else None,
             "cosine": [self._cosines(at) for at in range(2)],
-            "few": few.tolist(),
+            "few": few,
         }
 
     def profile(self) -> Tensor:

@@ -126,6 +126,17 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
     assert 88 <= held <= 100
 
 
+def test_intervals_are_within_what_can_be_and_need_images_in_each_fold() -> None:
+    a = normal(24, 4)
+    b = a + 0.4 * normal(24, 4, 1)
+    b[0] = a[0] + 8 * normal(1, 4, 2)  # on which nearly all depends
+    found = jackknife([moments(a[at::FOLDS], b[at::FOLDS]) for at in range(FOLDS)], PAIR)["ab"]
+    assert found["plain"] == (0, 1) and found["debiased"] is not None
+    assert -1 <= found["debiased"][0] < found["debiased"][1] == 1
+    few = jackknife([moments(a[at:5:FOLDS], b[at:5:FOLDS]) for at in range(FOLDS)], PAIR)["ab"]
+    assert few == {"plain": None, "debiased": None}
+
+
 def test_memory_is_that_of_the_pairs_of_parts() -> None:
     assert Moments.bytes(4, 1536) == 8 * 10 * 1536**2  # 189 MB a block of ViT-g
     found = moments(normal(4, 8), normal(4, 8))

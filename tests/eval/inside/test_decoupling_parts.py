@@ -110,6 +110,29 @@ def test_guesses_are_those_of_the_nearest_by_cosine() -> None:
         assert found[image, draw, point, kind, 1] == float(labels[image] in best[:5])
 
 
+def test_a_class_without_a_training_image_is_never_found() -> None:
+    prototypes = F.normalize(torch.rand(1, 10, 3, 8), dim=-1)
+    prototypes[:, 3] = 0
+    points = -torch.rand(4, 3, 4, 8)  # unlike all others
+    found = guess(points, prototypes, torch.tensor([3, 3, 0, 1]))
+    assert not found[:2].any()
+    others = prototypes[:, [0, 1, 2, 4, 5, 6, 7, 8, 9]]
+    assert torch.equal(found[2:], guess(points, others, torch.tensor([0, 0, 0, 1]))[2:])
+
+
+def test_a_network_in_bf16_is_not_judged_in_bf16() -> None:
+    model, images = random_network(num_registers=2), pictures(4)
+    pixels = (images * 40 + 128).clamp(0, 255).to(torch.uint8)
+    prototypes = F.normalize(torch.randn(2, 50, 3, DIM, generator=torch.Generator().manual_seed(0)), dim=-1)
+    batch = Batch(pixels, images, torch.arange(4), torch.arange(4))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = measure(model, batch, Choices(), [], prototypes)
+    assert torch.equal(found.clutter, clutter(pixels)) and found.right is not None
+    assert torch.equal(found.right, guess(found.points, prototypes, batch.labels))
+    weights = found.attention / found.attention.sum(-1, keepdim=True)
+    assert found.known.dtype == weights.dtype == torch.float32
+
+
 def test_an_output_that_is_zero_guesses_by_lot() -> None:
     prototypes = F.normalize(torch.randn(1, 10, 3, 8), dim=-1)
     found = guess(torch.zeros(4, 3, 4, 8), prototypes, torch.arange(4))
@@ -194,6 +217,14 @@ def test_the_longest_register_and_its_cosines_are_found() -> None:
     torch.testing.assert_close(profile[0, 0], registers[:, 1].square().mean(0).sqrt().max())
     assert told["few"][0] > 0.99 > told["few"][1]
     assert RegisterSums(0, 16, "cpu").told() is None
+
+
+def test_registers_of_zeros_are_undefined_and_not_infinite() -> None:
+    sums = RegisterSums(2, 16, "cpu")
+    sums.add(torch.zeros(5, 2, 16), torch.ones(5, 2, 16))
+    told = sums.told()
+    assert told is not None and told["over_second"] is None
+    assert told["few"][0] is None and told["few"][1] == pytest.approx(3 / 16)
 
 
 def test_clutter_is_measured_from_pixels() -> None:

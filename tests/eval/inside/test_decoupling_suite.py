@@ -3,30 +3,46 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from decoupled import random_network, reading, write
-from distributed import run_ranks
 from evaluating import run_suite, surroundings, write_classes, write_data
 
 from dinoreg.config import ConfigError
-from dinoreg.parallel.mesh import Ranks
 from eval.backbone import open_backbone
-from eval.inside.decoupling import derived, parts
+from eval.inside.decoupling import derived, parts, photos
 from eval.inside.decoupling.shown import findings
-from eval.inside.finding import Album, Seen
+from eval.inside.finding import Album, Picture, Seen
 from eval.report.read import read_evaluation
 from eval.results import Result, write_result
 
 WORDS = ["photos=3", "batch=8", "draws=2", "zoom=1"]
 
 
-def measured(tmp_path: Path, data: Path, weights: Path, *words: str, ranks: Ranks | None = None) -> Result:
-    return run_suite("decoupling", open_backbone(weights), surroundings(tmp_path, data, ranks), *WORDS, *words)
+def measured(tmp_path: Path, data: Path, weights: Path, *words: str) -> Result:
+    return run_suite("decoupling", open_backbone(weights), surroundings(tmp_path, data), *WORDS, *words)
+
+
+def seen(tmp_path: Path, folder: Path, name: str, *words: str) -> Seen:
+    """Measured, written and read again."""
+    weights = folder / f"{name}.safetensors"
+    result = measured(tmp_path, folder / "data", weights, *words)
+    place = write_result(tmp_path / name, result, open_backbone(weights), weights, 1.0)
+    assert "NaN" not in place.read_text() and json.loads(place.read_text())["details"]["images"] == 48
+    return Seen(name, read_evaluation(place))
+
+
+class Sketches(Album):
+    """Draws for the screen alone, and coarsely, in a third of the time; the page's test draws all."""
+
+    def save(self, figure: Any, name: str, caption: str) -> Picture:
+        (self.folder / "figures").mkdir(parents=True, exist_ok=True)
+        picture = Picture(f"figures/{name}.png", f"figures/{name}.pdf", caption)
+        figure.savefig(self.folder / picture.png, dpi=60)
+        return picture
 
 
 @pytest.fixture(scope="module")
@@ -123,52 +139,32 @@ def test_fewer_rows_for_the_regressions_are_drawn_evenly(folder: Path, tmp_path:
 
 
 def test_one_network_or_three_are_told_side_by_side(folder: Path, tmp_path: Path) -> None:
-    seen = []
-    for name in ("all", "registers", "none"):
-        weights = folder / f"{name}.safetensors"
-        result = measured(tmp_path, folder / "data", weights)
-        place = write_result(tmp_path / name, result, open_backbone(weights), weights, 1.0)
-        assert "NaN" not in place.read_text() and json.loads(place.read_text())["details"]["images"] == 48
-        seen.append(Seen(name, read_evaluation(place)))
-    album = Album(tmp_path / "page")
-    found = findings(seen, album)
+    networks = [seen(tmp_path, folder, name) for name in ("all", "registers", "none")]
+    album = Sketches(tmp_path / "page")
+    found = findings(networks, album)
     assert [each.number for each in found] == [f"L{at}" for at in range(1, 9)] + ["D1", "D3", "D7"]
     for finding in found:
         assert all((tmp_path / "page" / each.png).stat().st_size > 5000 for each in finding.pictures)
         assert all(len(row) == len(finding.head) for row in finding.rows)
         assert "nan" not in f"{finding.seen} {finding.rows}".lower()
         assert "48" in finding.basis
-    alone = [tell(seen[2:], album) for tell in (parts.tell_longest, parts.tell_cka, derived.tell_norms)]
+    assert "48 test images, 4 classes with one training image each" in found[3].basis
+    alone = [tell(networks[2:], album) for tell in (parts.tell_longest, parts.tell_cka, derived.tell_norms)]
     assert not alone[0].pictures and alone[0].rows[0][1:] == ["–"] * 8
     assert ["none", "registers", *["–"] * 6] in alone[1].rows
     assert alone[2].rows[0][3] == "–"
 
 
-def told_by(ranks: Ranks, folder: Path, weights: Path) -> tuple[Any, Any]:
-    result = measured(folder / f"rank{ranks.rank}", weights.parent / "data", weights, "layers=[0,1]", ranks=ranks)
-    return {name: score.plain() for name, score in result.scores.items()}, result.details
+def test_photos_are_laid_beside_each_other_only_where_they_are_the_same(folder: Path, tmp_path: Path) -> None:
+    networks = [seen(tmp_path, folder, "all", "photos=2"), seen(tmp_path, folder, "none", "photos=3")]
+    networks += [seen(tmp_path, folder, "registers", "photos=0")]
+    found = photos.tell_photos(networks, Sketches(tmp_path / "page"))
+    assert found is not None
+    assert [picture.png for picture in found.pictures] == ["figures/L5_photos.png", "figures/L5_photos_2.png"]
+    assert found.basis.startswith("2 or 3 photos; ") and "registers: no photos." in found.seen
+    assert photos.tell_photos(networks[2:], Album(tmp_path)) is None
 
 
-def test_two_processes_find_what_one_finds(folder: Path, tmp_path: Path) -> None:
-    weights = folder / "all.safetensors"
-    (first, details_), (second, _) = run_ranks(told_by, 2, tmp_path, weights)
-    alone, alone_details = told_by(Ranks.alone(), tmp_path, weights)
-    assert_alike(first, alone)
-    assert_alike(second, alone)
-    assert_alike(details_, alone_details)
-
-
-def assert_alike(one: Any, other: Any) -> None:
-    """Nested results, to the rounding of sums."""
-    if isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_alike(one[key], other[key])
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other)
-        for each in zip(one, other, strict=True):
-            assert_alike(*each)
-    elif isinstance(one, float):
-        assert math.isclose(one, other, rel_tol=1e-4, abs_tol=1e-6)
-    else:
-        assert one == other
+def test_classes_without_a_training_image_are_told(folder: Path, tmp_path: Path) -> None:
+    result = measured(tmp_path, folder / "data", folder / "none.safetensors", "train_images=3", "photos=0")
+    assert result.notes[0].startswith("1 of 4 classes have no training image")

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from distributed import run_ranks
 from evaluating import surroundings
 from objects import PATCH, object_network, write_objects
 from PIL import Image
@@ -15,7 +14,6 @@ from planted import DIM, LOUD, mark, planted_network, planted_pixels
 
 from dinoreg.config import ConfigError, load
 from dinoreg.models.layers import Attention
-from dinoreg.parallel.mesh import Ranks
 from eval.backbone import Backbone
 from eval.boxes.opening import open_boxes
 from eval.inside.discovery.corloc import floors, hits
@@ -28,11 +26,11 @@ from eval.suites.discovery import DiscoveryConfig, run
 SIZES = ((64, 48), (48, 64), (63, 46))  # the last one is padded
 
 
-def discover(folder: Path, data: Path, *words: str, ranks: Ranks | None = None, **network: object) -> Result:
+def discover(folder: Path, data: Path, *words: str, **network: object) -> Result:
     """The suite on a network of `objects`; images at their own size unless told otherwise."""
     backbone = Backbone(object_network(**network))  # type: ignore[arg-type]
     cfg = load(DiscoveryConfig, None, ["image_size=-1", "tune_share=0.5", "photos=2", *words])
-    return run(backbone, cfg, surroundings(folder, data, ranks))
+    return run(backbone, cfg, surroundings(folder, data))
 
 
 @pytest.mark.parametrize("layout", ["voc", "coco"])
@@ -66,22 +64,6 @@ def test_queries_and_values_without_the_offset_are_the_ones_that_are_chosen(tmp_
     result = discover(tmp_path, data, "biases=[0.0]", "bias_unit=absolute", offset=20.0)
     assert result.details["chosen"]["feature"] == "q" and result.details["chosen"]["block"] == 1
     assert result.scores["corloc"].value == 0 and result.scores["corloc_tuned"].value == 100
-
-
-def tolerant(ranks: Ranks, folder: Path, data: Path) -> tuple[object, ...]:
-    """All that is found, without how long it took; one image in ten may be bad."""
-    words = ["max_bad_share=0.1", "batch=2", "photos=0"]
-    result = discover(folder, data, *words, ranks=ranks, offset=20.0)
-    result.details.pop("speed"), result.details.pop("photos", None)
-    arrays = {name: array.tolist() for name, array in result.arrays.items()}
-    return result.scores, result.details, result.data, result.notes, arrays
-
-
-def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
-    data = write_objects(tmp_path / "data", 11, sizes=SIZES)
-    (data / "JPEGImages" / "000004.jpg").write_bytes(b"no image")
-    one, other = run_ranks(tolerant, 2, tmp_path / "together", data)
-    assert one == other == tolerant(Ranks.alone(), tmp_path / "alone", data)
 
 
 def test_a_choice_among_equals_is_said_to_mean_nothing(tmp_path: Path) -> None:
