@@ -78,7 +78,8 @@ class Album:
         place = self.folder / "figures"
         place.mkdir(parents=True, exist_ok=True)
         for ending in ("png", "pdf"):
-            figure.savefig(place / f"{name}.{ending}", dpi=160)
+            figure.savefig(place / f"{name}.{ending}", dpi=160, bbox_inches="tight")
+            figure.set_layout_engine("none")  # it is laid out, and the second file need not be again
         picture = Picture(f"figures/{name}.png", f"figures/{name}.pdf", caption)
         self.saved.append(picture)
         return picture

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from dinoreg.config import ConfigError
-from dinoreg.pages import Html, bullets, facts, figure, folded, image, note, page, row, table, tag, text
+from dinoreg.pages import Html, bullets, facts, figure, folded, image, note, page, table, tag, text
 from eval.inside.finding import Album, Finding, Picture, Seen
 from eval.report.read import Evaluation, find_evaluations, name_of
 from eval.results import write_atomically
@@ -112,8 +113,8 @@ def inside_page(
         _checkpoints(groups, names),
         folded("The words on this page", facts(WORDS)),
         tag("h2", "In short"),
-        _contents(found),
-        *(_part(heading, about, members, folder) for heading, about, members in parts if members),
+        _contents(found, names),
+        *(_part(heading, about, members, names, folder) for heading, about, members in parts if members),
         tag("h2", "How it was measured"),
         *(_protocol(each, name) for name, group in zip(names, groups, strict=True) for each in group),
         _footer(groups),
@@ -171,38 +172,40 @@ def _checkpoints(groups: Sequence[Sequence[Evaluation]], names: Sequence[str]) -
     return table(("called here", "checkpoint", "size", "registers", "what the file is"), rows)
 
 
-def _contents(found: Sequence[Finding]) -> Html:
+def _contents(found: Sequence[Finding], names: Sequence[str]) -> Html:
     """What was seen, in a line each."""
-    rows = [
-        row(
-            [
-                tag("a", each.number, href=f"#{_anchor(each)}"),
-                each.title,
-                each.seen,
-                tag("span", each.basis, class_="soft small"),
-            ]
-        )
-        for each in found
-    ]
+    rows = []
+    for each in found:
+        link = tag("a", each.number, href=f"#{_anchor(each)}")
+        rows.append([link, each.title, _by_network(each.seen, names), tag("span", each.basis, class_="soft small")])
     return table(("", "experiment", "what is seen", "stands on"), rows)
+
+
+def _by_network(said: str, names: Sequence[str]) -> Html:
+    """Sentences of which each begins with a network's name, a line for each network."""
+    starts = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    parts = re.split(rf"(?:(?<=\. )|^)({starts}): ", said)
+    lines = [text(tag("strong", name), ": ", what.strip()) for name, what in zip(parts[1::2], parts[2::2], strict=True)]
+    return Html("<br>".join([*([text(parts[0])] if parts[0] else []), *lines]))
 
 
 def _anchor(finding: Finding) -> str:
     return "finding-" + finding.number.replace(".", "-")
 
 
-def _part(heading: str, about: str, members: Sequence[Finding], folder: Path) -> Html:
-    return text(tag("h2", heading), tag("p", about, class_="soft"), *(_section(each, folder) for each in members))
+def _part(heading: str, about: str, members: Sequence[Finding], names: Sequence[str], folder: Path) -> Html:
+    sections = (_section(each, names, folder) for each in members)
+    return text(tag("h2", heading), tag("p", about, class_="soft"), *sections)
 
 
-def _section(finding: Finding, folder: Path) -> Html:
+def _section(finding: Finding, names: Sequence[str], folder: Path) -> Html:
     return text(
         tag("h3", f"{finding.number}  {finding.title}", id=_anchor(finding)),
         tag("p", finding.question),
         *(_picture(each, folder) for each in finding.pictures),
         table(finding.head, finding.rows, numbers=range(1, len(finding.head))) if finding.rows else "",
         facts([
-            ("seen here", finding.seen),
+            ("seen here", _by_network(finding.seen, names)),
             ("the paper", finding.paper),
             ("stands on", finding.basis),
         ]),
