@@ -52,7 +52,7 @@ def tell_norms(seen: Sequence[Seen], album: Album) -> Finding:
         "L6", "Skip or patches: what CLS is the sum of",
         "After each layer's attention, CLS is what it was before plus what it read. Which of the two is longer?",
         each_says(seen, _norms_say),
-        "DINOv2 without registers, last layer: S, B and L are mixed; g is dominated by the skip part [P].",
+        "DINOv2 without registers, last layer: S, B and L are mixed; g is dominated by the skip part.",
         basis(seen), [album.save(figure, "L6_norms", caption)],
         ["network", "skip", "from patches", "from registers", "from CLS itself", "skip by patches"],
         [_norms_row(each) for each in seen],
@@ -94,7 +94,7 @@ def tell_settling(seen: Sequence[Seen], album: Album) -> Finding:
         "How much is CLS after each layer already like CLS at the end?",
         each_says(seen, _settling_says),
         "DINOv2: S, B and L jump at the very last layer; g converges smoothly, earlier. CLIP and iBOT are like DINOv2, "
-        "DeiT III shows no clear trend with size [P].",
+        "DeiT III shows no clear trend with size.",
         basis(seen), [album.save(figure, "L7_settling", caption)],
         how=["CLS in the residual stream, before the final norm, after each layer. The last layer is 1 by definition."],
     )  # fmt: skip
@@ -125,7 +125,7 @@ def tell_skip(seen: Sequence[Seen], album: Album) -> Finding:
         "is like the real one?",
         each_says(seen, _skip_says),
         "Patches alone are less like the whole the larger the network is, in all recipes (DINOv2, DeiT III, CLIP, "
-        "iBOT); DeiT III tiny behaves like its huge model [P, which gives no numbers].",
+        "iBOT); DeiT III tiny behaves like its huge model. It gives no numbers.",
         basis(seen), [album.save(figure, "L8_skip", caption)],
         how=[
             f"Skip: {IN_SKIP}. The whole is CLS in the residual stream after the last layer's attention.",

@@ -29,7 +29,7 @@ def tell_photos(seen: Sequence[Seen], album: Album) -> Finding | None:
         "An attention map shows which patches are read. Is what is read from them what CLS becomes?",
         each_says(seen, _photos_say),
         "DINOv2-g with registers: an image with a clean attention map, whose patches alone give an output with a "
-        "cosine of −0.0092 to the whole [P].",
+        "cosine of −0.0092 to the whole.",
         f"{count}; means are over all: {basis(seen)}", pictures,
         how=["A cosine near 1 says that patches together give what is read, and not that bright ones give more of it "
              "than dark ones. What all images have in common counts for it; CKA (L3) leaves that out.",
