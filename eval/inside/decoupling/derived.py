@@ -125,7 +125,7 @@ def tell_skip(seen: Sequence[Seen], album: Album) -> Finding:
         "is like the real one?",
         each_says(seen, _skip_says),
         "Patches alone are less like the whole the larger the network is, in all recipes (DINOv2, DeiT III, CLIP, "
-        "iBOT); DeiT III tiny behaves like its huge model. It gives no numbers.",
+        "iBOT); DeiT III tiny behaves like its huge model. The paper gives no numbers.",
         basis(seen), [album.save(figure, "L8_skip", caption)],
         how=[
             f"Skip: {IN_SKIP}. The whole is CLS in the residual stream after the last layer's attention.",

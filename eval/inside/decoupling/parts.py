@@ -45,7 +45,7 @@ def tell_attention(seen: Sequence[Seen], album: Album) -> Finding:
         "CLS is read as the description of the whole image. In the last layer, does it still take it from the patches?",
         each_says(seen, _attention_says),
         "DINOv2 with registers: S and B look mostly at patches, L and g mostly at registers; in g this differs widely "
-        "between images, and some almost ignore patches. It gives no numbers.",
+        "between images, and some almost ignore patches. The paper gives no numbers.",
         basis(seen), [picture],
         ["network", *(f"to {WORDS[group]}" for group in GROUPS), "patches : registers, without CLS",
          "patches, were all tokens read alike", "patches, by head"],
@@ -176,7 +176,7 @@ def tell_cka(seen: Sequence[Seen], album: Album) -> Finding:
         "(CKA: 1 is the same, 0 is nothing in common.)",
         each_says(seen, _cka_says),
         "DINOv2 with registers: patches alone are almost the same as the whole for S and B, less so with size; for g "
-        "registers alone are closer to the whole than patches alone. The same on ImageNet. It gives no numbers.",
+        "registers alone are closer to the whole than patches alone. The same on ImageNet. The paper gives no numbers.",
         basis(seen), [album.save(figure, "L3_cka", caption)],
         ["network", "part", "CKA", "chance", "debiased", "mean cosine to the whole", "CKA with the stream",
          "CKA after the final norm"],
@@ -237,7 +237,7 @@ def tell_one_shot(seen: Sequence[Seen], album: Album) -> Finding | None:
         "L4", "One training image a class",
         "A classifier learns classes from whole outputs. Does it still find them when given one part only?",
         each_says(seen, _shots_say),
-        "DINOv2 with registers, 1,000 classes, top-5: patches alone do poorly for L and g. It gives no numbers.",
+        "DINOv2 with registers, 1,000 classes, top-5: patches alone do poorly for L and g. The paper gives no numbers.",
         "; ".join(dict.fromkeys(_shots_basis(each) for each in seen)),
         [album.save(figure, "L4_one_shot", caption)],
         ["network", "given", "top-1", "top-5", "with the stream, top-1", "after the final norm, top-1"],
