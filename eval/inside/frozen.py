@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dinoreg.models.knn import knn_classify
 from eval.images import hold_out
+from eval.inside.artifacts.norms import finite
 from eval.inside.look import Batch, Look
 from eval.logistic import Linear, fit_logistic
 
@@ -49,17 +50,17 @@ class Frozen:
 
 
 def freeze(look: Look, kind: str, features_of: Callable[[Batch], Tensor] | None = None) -> Frozen | None:
-    """Trained on features of the labelled training images; None where there are none.
+    """Trained on features of the labelled training images; None where there are none, or of one class alone.
 
     kind: "logreg" or "knn". features_of: (B, D) of a batch, by default the class tokens after the final norm. For all
-    ranks together; all get the same.
+    ranks together; all get the same. Raises ConfigError where they are no numbers.
     """
-    if look.train is None:
+    if look.train is None or look.num_classes < 2:
         return None
     measure = features_of or (lambda batch: look.backbone.layers(batch.images, [-1])[0].cls)
 
     def seen(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        return batch.places, measure(batch).float().cpu(), batch.labels
+        return batch.places, finite(measure(batch).float()).cpu(), batch.labels
 
     mine = list(look.through(seen, "class tokens of training images", look.train))
     ranks = look.context.ranks

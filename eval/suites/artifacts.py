@@ -219,7 +219,7 @@ def measure_probes(at: Measuring) -> None:
 def measure_single(at: Measuring) -> None:
     """1.5, where the images have classes."""
     look, cfg = at.look, at.cfg
-    if look.train is None or not cfg.draws:
+    if look.train is None or look.num_classes < 2 or not cfg.draws:
         if cfg.draws:
             at.found.notes.append("no classes: single tokens were not classified (1.5)")
         return

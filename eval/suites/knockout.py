@@ -324,7 +324,7 @@ def _align(look: Look, frozen: Frozen | None) -> tuple[dict[str, Any], dict[str,
 
     def measure(batch: Batch) -> tuple[Tensor, Tensor]:
         cosine, patches, cls = alignment(look.backbone, batch.images)
-        columns = [cosine.mean(1).cpu(), cosine.std(1).cpu()]
+        columns = [cosine.mean(1).cpu(), cosine.std(1, correction=0).cpu()]
         if frozen is not None:
             said = named(frozen, patches).cpu()
             columns += [(said == batch.labels[:, None]).float().mean(1)]

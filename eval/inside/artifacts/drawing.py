@@ -199,7 +199,8 @@ def cosine_densities(names: Sequence[str], counts: Sequence[Array]) -> Figure:
     rows = -(-len(names) // columns)
     figure = new_figure(WIDTH, 0.5 + 2.4 * rows)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    low = min(cosine_centres()[np.flatnonzero(table.sum(0))[0]] for table in counts)
+    there = [np.flatnonzero(table.sum(0)) for table in counts]  # a patch alone has no neighbours
+    low = min((cosine_centres()[bins[0]] for bins in there if len(bins)), default=-1.0)
     for axis, name, table in zip(panels, names, counts, strict=False):
         for kind, label, line in ((0, "normal", COLOURS[0]), (1, "outlier", COLOURS[1])):
             if table[kind].any():
@@ -208,7 +209,8 @@ def cosine_densities(names: Sequence[str], counts: Sequence[Array]) -> Figure:
                 axis.plot(cosine_centres(), density, color=line, label=f"{label} patches")
         axis.set_title(name, loc="left", fontsize=10)
         axis.set(xlim=(max(-1, low - 0.05), 1), ylim=(0, None), xlabel="cosine to neighbours")
-        axis.legend(fontsize=8, frameon=False, loc="upper left")
+        if table.any():
+            axis.legend(fontsize=8, frameon=False, loc="upper left")
         plain_axes(axis)
     for axis in panels[len(names) :]:
         axis.set_axis_off()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dinoreg.config import ConfigError
 from dinoreg.models.vit import VisionTransformer
-from eval.inside.artifacts.bins import BINS, histogram
+from eval.inside.artifacts.bins import BINS, LOWEST, histogram
 from eval.inside.artifacts.neighbours import How, cosine_histograms, neighbour_cosines, on_border
 from eval.inside.artifacts.tally import Tally, by_group
 from eval.inside.look import Batch
@@ -28,16 +28,24 @@ def token_norms(model: VisionTransformer, images: Tensor) -> Tensor:
             for step in walk(model, images)
         ]
     )
-    if not norms.isfinite().all():
+    return finite(norms)
+
+
+def finite(values: Tensor) -> Tensor:
+    """The same. Raises ConfigError where some are no numbers, for then nothing that is told of them is."""
+    if not values.isfinite().all():
         raise ConfigError("the network's tokens are no finite numbers", "--weights")
-    return norms
+    return values
 
 
 def patch_norms_at(model: VisionTransformer, images: Tensor, layer: int) -> Tensor:
-    """Those of patches as they leave one layer, of which no later one is computed: fp32 (B, N)."""
+    """Those of patches as they leave one layer, of which no later one is computed: fp32 (B, N).
+
+    Raises ConfigError where they are no numbers.
+    """
     for step in walk(model, images):
         if step.index == layer:
-            return step.leaving[:, 1 + model.num_registers :].float().norm(dim=-1)
+            return finite(step.leaving[:, 1 + model.num_registers :].float().norm(dim=-1))
     raise IndexError(f"no layer {layer} in a network of {model.depth}")
 
 
@@ -82,7 +90,7 @@ def look_at_norms(
     rows = {
         "place": batch.places,
         "share": outliers.double().mean(1),
-        "ratio": at_layer.amax(1).double() / at_layer.median(1).values.double(),
+        "ratio": at_layer.amax(1).double() / at_layer.median(1).values.double().clamp(min=2.0**LOWEST),
         "edge": torch.stack([(outliers & edge).sum(1), (outliers & ~edge).sum(1)], dim=1),
     }
     return Tally(sums, rows)

@@ -51,9 +51,10 @@ def draw_tokens(model: VisionTransformer, batch: Batch, task: ProbeTask) -> Tall
             rows["place"].append(torch.full_like(chosen, place))
             rows["role"].append(torch.full_like(chosen, role))
             rows["position"].append(chosen)
-            rows["token"].append(tokens[at, chosen.to(tokens.device)].half().cpu())
+            rows["token"].append(tokens[at, chosen.to(tokens.device)].cpu())
             rows["pixels"].append(patches[at, chosen.to(tokens.device)].round().to(torch.uint8).cpu())
-    return Tally(rows={name: torch.cat(each) for name, each in rows.items()})
+    joined = {name: torch.cat(each) for name, each in rows.items()}
+    return Tally(rows=joined | {"token": joined["token"].half()})
 
 
 def choose_tokens(outliers: Tensor, place: int, task: ProbeTask) -> dict[int, Tensor]:

@@ -215,10 +215,8 @@ def _types_say(each: Seen, reference: Seen | None) -> str:
     if registers:
         longest = max(registers, key=lambda told: told["percentiles"]["0.5"])
         times = longest["percentiles"]["0.5"] / patches
-        said.append(
-            f"{longest['type']} is the longest register, {times:.3g} times as long as the median patch, and varies by "
-            f"{percent(longest['cv'])} from image to image"
-        )
+        varies = "" if longest["cv"] is None else f", and varies by {percent(longest['cv'])} from image to image"
+        said.append(f"{longest['type']} is the longest register, {times:.3g} times as long as the median patch{varies}")
     else:
         times = cls["percentiles"]["0.5"] / patches
         said.append(f"there are no registers, and CLS is {times:.3g} times as long as the median patch")

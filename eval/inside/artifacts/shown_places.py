@@ -60,7 +60,7 @@ def tell_places(seen: Sequence[Seen], album: Album) -> Finding:
         shares = [100 * each for each in maps]
         figure = drawing.heat_maps(names(seen), shares, "% of images", min(3, len(seen)), drawing.from_zero(shares))
         pictures.append(album.save(figure, "1.12_places", "How often the token at each position is an outlier."))
-    ratios = [each / np.median(each) for each in means]
+    ratios = [_by_median(each) for each in means]
     scale = drawing.around_one(ratios)
     figure = drawing.heat_maps(names(seen), ratios, "mean norm / median", min(3, len(seen)), scale)
     pictures.append(album.save(figure, "1.12_norms", "Mean norm at each position, by the median over positions."))
@@ -91,6 +91,12 @@ def _rates(each: Seen, name: str, by: str) -> np.ndarray:
     return (each.arrays[name] / each.arrays[by]).reshape(grid)
 
 
+def _by_median(norms: np.ndarray) -> np.ndarray:
+    """1 everywhere where all are 0."""
+    middle = float(np.median(norms))
+    return norms / middle if middle else np.ones_like(norms)
+
+
 def _both_ways(each: Seen, album: Album) -> list[Picture]:
     """With and without antialiasing, side by side: figures 10 and 11."""
     told = details(each)["resampled"]
@@ -99,7 +105,7 @@ def _both_ways(each: Seen, album: Album) -> list[Picture]:
     name = each.name.replace(" ", "_").replace("/", "_")
     norms = each.arrays["resampled_norms"].reshape(2, side, side) / images
     places = 100 * each.arrays["resampled_places"].reshape(2, side, side) / images
-    ratios = [both / np.median(both) for both in norms]
+    ratios = [_by_median(both) for both in norms]
     columns = [("mean norm / median", ratios, drawing.around_one(ratios))]
     if places.any():
         columns.append(("% of images with an outlier", list(places), drawing.from_zero(places)))

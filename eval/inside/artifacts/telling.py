@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from eval.inside.finding import Seen, counted
+from eval.inside.maps import times
 
 
 def details(seen: Seen) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def basis(seen: Sequence[Seen]) -> str:
 
 def number(value: float | None, digits: int = 3) -> str:
     """With so many digits that count; "–" where it is undefined."""
-    return "–" if value is None else f"{value:,.{digits}g}"
+    return "–" if value is None else times(value, digits)
 
 
 def each_says(seen: Sequence[Seen], say: Callable[[Seen], str]) -> str:

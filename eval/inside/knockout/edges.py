@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dinoreg.models.packing import Packing
 from dinoreg.models.vit import VisionTransformer
+from eval.inside.artifacts.norms import finite
 from eval.inside.intervene import Edits, Groups, Reading, finish, onward
 
 # Name: (who reads, what is read), as fields of `Groups`.
@@ -95,10 +96,10 @@ class Usual:
 
 
 def moments(model: VisionTransformer, images: Tensor) -> Moments:
-    """images: (B, C, H, W)."""
+    """images: (B, C, H, W). Raises ConfigError where tokens are no numbers."""
     x, packing, _ = model.embed([images])
     entering = (packing.split(tokens)[0].double() for tokens, _ in onward(model, x, packing))
-    sums = [(tokens.sum(0).cpu(), tokens.square().sum(0).cpu()) for tokens in entering]
+    sums = [(finite(tokens.sum(0)).cpu(), tokens.square().sum(0).cpu()) for tokens in entering]
     total, square = (torch.stack(each[:-1]) for each in zip(*sums, strict=True))
     return Moments(len(images), total, square)
 

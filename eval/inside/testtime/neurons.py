@@ -11,15 +11,19 @@ import torch
 from torch import Tensor
 
 from eval.backbone import Backbone
+from eval.inside.artifacts.norms import finite
 from eval.inside.intervene import Edits, onward
 
 RISEN = 0.5  # of the way to its height at the block where outliers are told
 
 
 def leaving_norms(backbone: Backbone, images: Tensor, block: int) -> Tensor:
-    """L2 norms (B, N), fp32, of the patches as they leave a block, before any norm layer."""
+    """L2 norms (B, N), fp32, of the patches as they leave a block, before any norm layer.
+
+    Raises ConfigError where they are no numbers.
+    """
     tokens = backbone.layers(images, [block], norm=False)[0].patches
-    return tokens.float().norm(dim=-1)
+    return finite(tokens.float().norm(dim=-1))
 
 
 @dataclass
