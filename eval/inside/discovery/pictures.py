@@ -129,21 +129,29 @@ def draw_features(seen: Sequence[Seen], album: Album) -> list[Picture]:
     return found
 
 
-def draw_curves(seen: Sequence[Seen], album: Album) -> Picture:
-    """CorLoc of the first block against the bias, a panel a feature."""
+def draw_curves(seen: Sequence[Seen], album: Album) -> list[Picture]:
+    """CorLoc of the first block against the bias, a panel a feature; a figure for each unit of biases."""
+    units = list(dict.fromkeys(str(each.details["bias_unit"]) for each in seen))
+    return [_draw_curves(seen, unit, album, f"_{unit}" if at else "") for at, unit in enumerate(units)]
+
+
+def _draw_curves(everyone: Sequence[Seen], unit: str, album: Album, suffix: str) -> Picture:
     from matplotlib.figure import Figure
 
+    seen = [each for each in everyone if each.details["bias_unit"] == unit]
     names = list(dict.fromkeys(name for each in seen for name in _features(each)))
+    span = _span(seen)
     figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for panel, name in zip(panels, names, strict=True):
         panel.set_title(NAMES[name], fontsize=11)
-        for at, each in enumerate(seen):
-            if name in _features(each):
-                dodge = 0.03 * (at - (len(seen) - 1) / 2)  # or intervals would hide each other
-                _curve(panel, each, _features(each).index(name), COLOURS[at % len(COLOURS)], dodge)
+        for at, each in enumerate(everyone):
+            if each.details["bias_unit"] == unit and name in _features(each):
+                dodge = 0.03 * (at - (len(everyone) - 1) / 2)  # or intervals would hide each other
+                _curve(panel, each, _features(each).index(name), COLOURS[at % len(COLOURS)], dodge, span)
         _floors(panel, seen)
-        panel.set_xlabel("bias" if seen[0].details["bias_unit"] == "absolute" else "bias / mean squared length")
+        _ticks(panel, *span)
+        panel.set_xlabel("bias" if unit == "absolute" else "bias / mean squared length")
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("CorLoc (%)")
     panels[0].set_ylim(bottom=0)
@@ -153,7 +161,13 @@ def draw_curves(seen: Sequence[Seen], album: Album) -> Picture:
         "The share of images in which the box is right, by the bias that is added to all dot products; shaded: 95 % "
         "intervals. The points on the right are the two rules that need no labels. Dashed: boxes drawn without looking."
     )
-    return album.save(figure, "discovery_bias", caption)
+    return album.save(figure, f"discovery_bias{suffix}", caption)
+
+
+def _span(seen: Sequence[Seen]) -> tuple[float, float]:
+    """The lowest and the highest bias that any of them tried."""
+    tried: Any = [each.details["tried"] for each in seen]
+    return min(map(min, tried)), max(map(max, tried))
 
 
 def _features(seen: Seen) -> list[str]:
@@ -161,7 +175,7 @@ def _features(seen: Seen) -> list[str]:
     return list(found)
 
 
-def _curve(axes: Axes, seen: Seen, feature: int, colour: str, dodge: float) -> None:
+def _curve(axes: Axes, seen: Seen, feature: int, colour: str, dodge: float, span: tuple[float, float]) -> None:
     tried: Any = seen.details["tried"]
     right, count = seen.arrays["right"][0, feature], seen.evaluation.details["images"]
     order = np.argsort(tried)[::-1]
@@ -169,19 +183,21 @@ def _curve(axes: Axes, seen: Seen, feature: int, colour: str, dodge: float) -> N
     low, high = np.array([share_interval(int(number), count) for number in found]).T
     axes.fill_between(biases, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.plot(biases, 100 * found / count, color=colour, marker=".", markersize=4, label=seen.name)
-    span = max(float(np.ptp(biases)), 1e-9)
     for at, number in enumerate(right[-2:]):
         value, (under, over) = 100 * number / count, share_interval(int(number), count)
-        where = [biases.min() - (RULES_AT[at] + dodge) * span]
+        where = [span[0] - (RULES_AT[at] + dodge) * _width(*span)]
         axes.errorbar(where, [value], [[value - under], [over - value]], color=colour, fmt="so"[at], capsize=2)
-    _ticks(axes, biases, span)
 
 
-def _ticks(axes: Axes, biases: NDArray[Any], span: float) -> None:
+def _width(low: float, high: float) -> float:
+    return max(high - low, 1e-9)  # of a single bias
+
+
+def _ticks(axes: Axes, low: float, high: float) -> None:
     """No bias on the left, as one begins with nothing; the two rules as words on the right."""
     from matplotlib.ticker import MaxNLocator
 
-    low, high = float(biases.min()), float(biases.max())
+    span = _width(low, high)
     ticks = [tick for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
     axes.set_xlim(high + 0.03 * span, low - 0.56 * span)
     rules = [low - at * span for at in RULES_AT]

@@ -41,7 +41,7 @@ def _scores(seen: Sequence[Seen], album: Album) -> Finding:
         "Registers helped DINOv2 (VOC 2007: 35.3 % without, 55.4 % with) and DeiT-III (11.7 % and 27.1 %); OpenCLIP "
         "became slightly worse (38.8 % and 37.1 %). The biases there were set by hand.",
         "; ".join(f"{each.name}: {_basis(each)}" for each in seen) + ".",
-        [draw_curves(seen, album)],
+        draw_curves(seen, album),
         ("", "no bias", "bias −mean", "centred", "bias chosen with boxes", "what was chosen"),
         [*(_row(each) for each in seen), *_floor_rows(seen), *_published_rows(seen)],
         how=[

@@ -63,6 +63,17 @@ def test_one_network_without_a_choice_and_without_photos(data: Path, tmp_path: P
     assert not found["2"].pictures and found["2"].rows[0][-1] == "–"
 
 
+def test_biases_in_other_units_have_a_figure_of_their_own(data: Path, tmp_path: Path) -> None:
+    words = ("photos=0", "features=[k]")
+    seen = [
+        measured(tmp_path, data, *words, "biases=[0.0,-0.2]", registers=0),
+        measured(tmp_path, data, *words, "biases=[-5.0]", "bias_unit=absolute", registers=1),
+        measured(tmp_path, data, *words, "biases=[-0.9]", registers=4),
+    ]
+    pictures = told(seen, tmp_path)["1.9"].pictures
+    assert [each.png for each in pictures] == ["figures/discovery_bias.png", "figures/discovery_bias_absolute.png"]
+
+
 def test_published_figures_stand_beside_scores_on_the_same_images(data: Path, tmp_path: Path) -> None:
     seen = measured(tmp_path, data, "photos=0", registers=0)
     seen.evaluation.data["test"] = 5011  # as many as VOC 2007 has
