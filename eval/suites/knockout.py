@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +18,7 @@ from eval.inside.frozen import Frozen, freeze
 from eval.inside.knockout.alignment import alignment, named
 from eval.inside.knockout.edges import (
     CUT,
+    MEAN,
     SHUFFLE,
     SWAP,
     Moments,
@@ -224,7 +225,7 @@ def _scores(runs: Sequence[Run], found: Found, depth: int) -> dict[str, Score]:
 
 def _swap(runs: Sequence[Run], found: Found) -> list[dict[str, Any]]:
     """By block: whose class is named after registers were exchanged; of images that were given another class than
-    their donors."""
+    their donors. donor_by_mean: the donor's, after registers that know of no image; more: how much less that is."""
     if found.predicted is None or found.plain is None or found.donor is None:
         return []
     told = []
@@ -233,12 +234,16 @@ def _swap(runs: Sequence[Run], found: Found) -> list[dict[str, Any]]:
         if run.edge != SWAP or run.way != SHUFFLE:
             continue
         named = found.predicted[counted, at]
+        mean = found.predicted[counted, runs.index(replace(run, way=MEAN))]
+        given, chance = named == found.donor[counted], mean == found.donor[counted]
         told.append(
             {
                 "layer": run.first,
                 "images": int(counted.sum()),
                 "receiver": _share(named == found.plain[counted]),
-                "donor": _share(named == found.donor[counted]),
+                "donor": _share(given),
+                "donor_by_mean": _share(chance),
+                "more": _intervals(100 * (given.double() - chance.double())[:, None])[0] if len(given) else None,
             }
         )
     return told

@@ -62,10 +62,11 @@ def look_at_norms(
 
     how, border: which pairs of neighbours count, see `cosine_histograms`; border: also patches on the border. embedded:
     neighbours are compared after positions were added.
-    sums: layers, outlier_layers int64 (depth, 2, BINS): histograms of all patches, and of the outliers; types int64
-    (1 + R, BINS): of CLS and each register as they leave `layer`; type_moments float64 (depth, 1 + R, 2): sums of their
-    norms and of the squares as they leave each layer; places int64 (GROUPS, N): outliers by position; place_norms
-    float64 (N,): sums of norms by position; seen int64 (GROUPS,): images; cosines int64 (GROUPS, 2, COSINES).
+    sums: layers, outlier_layers int64 (depth, 2, BINS): histograms of all patches, and of the outliers; entering int64
+    (2, BINS): of both as they enter the first layer; types int64 (1 + R, BINS): of CLS and each register as they leave
+    `layer`; type_moments float64 (depth, 1 + R, 2): sums of their norms and of the squares as they leave each layer;
+    places int64 (GROUPS, N): outliers by position; place_norms float64 (N,): sums of norms by position; seen int64
+    (GROUPS,): images; cosines int64 (GROUPS, 2, COSINES).
     rows: place; share: of the image's patches that are outliers; ratio: its largest norm by its median; edge (B, 2):
     outliers on the border and inside.
     """
@@ -77,9 +78,11 @@ def look_at_norms(
     side = (batch.images.shape[-2] // model.patch_size, batch.images.shape[-1] // model.patch_size)
     edge = on_border(side, norms.device)
     double = special[:, 1].double()
+    entering = next(iter(walk(model, batch.images))).entering[:, first:].float().norm(dim=-1)
     sums = {
         "layers": histogram(patches.flatten(0, 1).flatten(1)).view(-1, 2, BINS),
         "outlier_layers": histogram(patches[..., outliers].flatten(0, 1)).view(-1, 2, BINS),
+        "entering": torch.cat([histogram(each[None]) for each in (entering.flatten(), entering[outliers])]),
         "types": histogram(special[layer, 1].T),
         "type_moments": torch.stack([double.sum(1), double.square().sum(1)], dim=-1),
         "places": by_group(outliers.long(), batch.places),

@@ -7,6 +7,7 @@ from typing import Any
 
 from eval.inside.artifacts import drawing
 from eval.inside.artifacts.bins import share_above
+from eval.inside.artifacts.clouds import APART
 from eval.inside.artifacts.telling import basis, cutoff, details, each_says, interval, names, number
 from eval.inside.finding import Album, Finding, Seen, counted, percent
 
@@ -51,9 +52,12 @@ def _norms_say(each: Seen) -> str:
         return f"no patch stands out, the largest norm being {times:.2g} times the median; {cut['how']}"
     share = told["outliers"] / told["tokens"]
     images = percent(told["images_with"] / told["images"])
+    two = "" if told["clouds"]["two"] else (
+        "; but the norms are one cloud, of which these are the end, and no artifacts as in the paper"
+    )  # fmt: skip
     return (
         f"{percent(share)} of the patches stand out with a norm beyond {number(cut['value'], 4)} (the median is "
-        f"{number(told['percentiles']['0.5'])}), in {images} of the images"
+        f"{number(told['percentiles']['0.5'])}), in {images} of the images{two}"
     )
 
 
@@ -120,6 +124,11 @@ def _layers_say(each: Seen) -> str:
     rise, since = details(each)["layers"]["rise"], _steps_say(each)
     if rise is None:
         return "no outliers, so that no layer makes them" + since
+    if rise["most"] < APART * rise["entering"]:
+        return (
+            f"outliers are {number(rise['entering'])} times as long as other patches when they enter the first layer "
+            f"and at most {number(rise['most'])} times after any, so that no layer makes them{since}"
+        )
     return (
         f"the {rise['branch']} of layer {rise['layer']} lengthens outliers from {number(rise['before'])} to "
         f"{number(rise['after'])} times the norm of other patches{since}"

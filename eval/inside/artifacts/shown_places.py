@@ -39,6 +39,12 @@ def _neighbours_say(each: Seen) -> str:
     found = details(each)["neighbours"]["auroc"]
     if found is None:
         return "no outliers to compare"
+    score = each.evaluation.scores["neighbour_auroc"]
+    if score.low <= 0.5 <= score.high:
+        return (
+            "no difference can be told: an outlier is more like its neighbours than a normal patch in "
+            f"{percent(found)} of the pairs, where half would be chance"
+        )
     side = "more" if found > 0.5 else "less"
     return (
         f"an outlier is {side} like its neighbours than a normal patch in {percent(max(found, 1 - found))} of the pairs"

@@ -68,6 +68,8 @@ def tell_layers(tally: Tally) -> dict[str, Any]:
     """1.2: medians along layers, and after which branch those who are outliers in the end leave the others."""
     layers, outliers = (tally.sums[name].numpy() for name in ("layers", "outlier_layers"))
     normal = layers - outliers
+    entering, outlier_entering = tally.sums["entering"].numpy()
+    before = [quantiles(kind, [0.5])[0] for kind in (entering - outlier_entering, outlier_entering)]
     medians = [
         [[quantiles(kind[at, b], [0.5])[0] for b in (0, 1)] for at in range(len(layers))] for kind in (normal, outliers)
     ]
@@ -76,23 +78,28 @@ def tell_layers(tally: Tally) -> dict[str, Any]:
         "normal_median": medians[0],
         "outlier_median": medians[1],
         "largest": largest,
-        "rise": _rise(medians[0], medians[1]),
+        "entering_median": before,
+        "rise": _rise(before, medians[0], medians[1]),
     }
 
 
-def _rise(normal: list[list[float | None]], outlier: list[list[float | None]]) -> dict[str, Any] | None:
-    """Where the ratio of the two medians grows most; None where there are no outliers."""
-    pairs = [(a, b) for pair in zip(normal, outlier, strict=True) for a, b in zip(*pair, strict=True)]
+def _rise(
+    before: list[float | None], normal: list[list[float | None]], outlier: list[list[float | None]]
+) -> dict[str, Any] | None:
+    """Where the ratio of the two medians grows most; None where there are no outliers. before: as they enter."""
+    later = [(a, b) for pair in zip(normal, outlier, strict=True) for a, b in zip(*pair, strict=True)]
+    pairs = [(before[0], before[1]), *later]
     if any(a is None or b is None or not a for a, b in pairs):
         return None
     ratios = [math.log(b / a) for a, b in pairs if a and b]
-    growth = np.diff([0.0, *ratios])
-    at = int(growth.argmax())
+    at = int(np.diff(ratios).argmax())
     return {
         "layer": at // 2,
         "branch": BRANCHES[at % 2],
-        "before": math.exp(ratios[at - 1]) if at else 1.0,
-        "after": math.exp(ratios[at]),
+        "entering": math.exp(ratios[0]),
+        "most": math.exp(max(ratios)),
+        "before": math.exp(ratios[at]),
+        "after": math.exp(ratios[at + 1]),
         "in_the_end": math.exp(ratios[-1]),
     }
 

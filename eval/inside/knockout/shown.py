@@ -63,8 +63,7 @@ def _masking(seen: Sequence[Seen], album: Album) -> Finding:
         "map.",
         " ".join(map(_said_of_masking, seen)),
         f"{NEITHER}Lappe and Giese (2025) find that clean attention maps need not be faithful in large networks.",
-        f"{counted(first['images'], 'image')} for the curves, {counted(first['left_out'], 'image')} for single "
-        f"patches, {np.prod(seen[0].evaluation.protocol['grid'])} patches each",
+        _masking_basis(seen),
         [greying(seen, album)] if first["images"] else [],
         ("", "change, attended first", "at random", "likeness kept, attended only", "at random", "rank correlation"),
         [_masking_row(each) for each in seen],
@@ -123,11 +122,29 @@ def _alignment(seen: Sequence[Seen], album: Album) -> Finding:
 
 
 def _basis(seen: Sequence[Seen]) -> str:
-    first = seen[0]
-    train = first.evaluation.data.get("train")
-    images: int = first.details["images_seen"]  # type: ignore[assignment]
-    said = f"{counted(images, 'image')}, {_tokens(first)}"
-    return said + (f"; classifier trained on {counted(train, 'image')}" if train else "")
+    said = [_stands_on(each) for each in seen]
+    if len(set(said)) == 1:
+        return said[0] + (", for each network" if len(seen) > 1 else "")
+    return "; ".join(f"{each.name}: {text}" for each, text in zip(seen, said, strict=True))
+
+
+def _stands_on(seen: Seen) -> str:
+    train = seen.evaluation.data.get("train") if seen.details["probe"] else 0
+    images: int = seen.details["images_seen"]  # type: ignore[assignment]
+    said = f"{counted(images, 'image')}, {_tokens(seen)}"
+    return said + (f", classifier trained on {counted(train, 'image')}" if train else "")
+
+
+def _masking_basis(seen: Sequence[Seen]) -> str:
+    said = []
+    for each in seen:
+        told: Details = each.details["masking"]  # type: ignore[assignment]
+        curves, single = counted(told["images"], "image"), counted(told["left_out"], "image")
+        grid = np.prod(each.evaluation.protocol["grid"])
+        said.append(f"{curves} for the curves, {single} for single patches, {grid:,} patches each")
+    if len(set(said)) == 1:
+        return said[0] + (", for each network" if len(seen) > 1 else "")
+    return "; ".join(f"{each.name}: {text}" for each, text in zip(seen, said, strict=True))
 
 
 def _pairs(seen: Sequence[Seen]) -> str:
@@ -254,7 +271,8 @@ def _said_of_swaps(seen: Seen) -> str:
         return f"{said}."
     return (
         f"{said}; {row['receiver']['value']:.0f} % of the images are still given their own class, "
-        f"{row['donor']['value']:.1f} % the donor's: {_verdict(row)}."
+        f"{row['donor']['value']:.1f} % the donor's ({row['donor_by_mean']['value']:.1f} % with the mean, which "
+        f"knows of no donor): {_verdict(row)}."
     )
 
 
@@ -262,9 +280,11 @@ def _verdict(row: Details) -> str:
     """Whom CLS believes."""
     if row["donor"]["low"] > row["receiver"]["high"]:
         return "CLS takes the class from the registers"
+    if row["more"]["low"] > 0:
+        return "CLS takes some of it from them"
     if row["donor"]["high"] < LITTLE:
         return "CLS does not take the class from them"
-    return "CLS takes some of it from them"
+    return "no more than by chance, as far as these images tell"
 
 
 def _swap_row(seen: Seen) -> list[str]:

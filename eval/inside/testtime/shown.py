@@ -52,7 +52,7 @@ def findings(seen: Sequence[Seen], album: Album) -> list[Finding]:
 def _basis(seen: Sequence[Seen]) -> str:
     said = [
         f"{counted(each.evaluation.images, 'image')}, {counted(int(details['tokens']), 'patch token')}"
-        + _trained(each.evaluation.data)
+        + (_trained(each.evaluation.data) if details["probe"] else "")
         for each in seen
         for details in [dict[str, Any](each.details)]
     ]

@@ -11,6 +11,7 @@ from planted import planted_network, write_planted_classes
 
 from eval.backbone import Backbone
 from eval.inside.finding import Album, Finding, Seen
+from eval.inside.knockout.shown import _verdict
 from eval.report.read import read_evaluation
 from eval.results import write_result
 from eval.suites import SUITES
@@ -67,3 +68,11 @@ def test_knock_outs_are_told(data: Path, tmp_path: Path) -> None:
     assert set(rows["0 registers: CLS reads registers, last block"]) == {"–"}
     assert "–" not in rows["2 registers: CLS reads registers, last block"]
     assert "12 images" in found["D2"].basis
+
+
+def test_what_few_images_cannot_tell_is_not_said() -> None:
+    """Donors named as often with the mean of the registers, which knows none, are named by chance."""
+    row = {"receiver": {"value": 79, "high": 90}, "donor": {"value": 16, "low": 5, "high": 30}}
+    assert "by chance" in _verdict({**row, "more": {"low": -5, "high": 8}})
+    assert "some of it" in _verdict({**row, "more": {"low": 2, "high": 8}})
+    assert "does not" in _verdict({**row, "donor": {"low": 0, "high": 3}, "more": {"low": 0, "high": 0}})

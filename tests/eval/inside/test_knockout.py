@@ -277,6 +277,8 @@ def test_the_suite_tells_whom_cls_listens_to(scene: Path, tmp_path: Path) -> Non
     swap = {row["layer"]: row for row in result.details["swap"]}
     assert (swap[2]["donor"]["value"], swap[2]["receiver"]["value"]) == (100, 0)
     assert (swap[1]["donor"]["value"], swap[1]["receiver"]["value"]) == (0, 100)
+    assert swap[2]["more"]["low"] > 0
+    assert (swap[1]["more"]["low"], swap[1]["more"]["high"]) == (0, 0)
     assert result.arrays["cosine"].shape == (2, 4, 4)
 
 

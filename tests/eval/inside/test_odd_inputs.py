@@ -90,3 +90,23 @@ def test_a_network_of_zeros_makes_nothing_that_is_no_number(data: Path, tmp_path
         for weight in model.parameters():
             weight.zero_()
     assert "No patch stands out" in told("artifacts", tmp_path, data, model, "cutoff=valley")["1.1"].seen
+
+
+def test_patches_that_enter_as_outliers_are_said_to_be_made_by_no_layer(tmp_path: Path) -> None:
+    """The patch embedding alone makes one class's patches many times as long, and the blocks add nothing."""
+    data, model = write_data(tmp_path / "data", 4, 3), network(layerscale=1e-6)
+    with torch.no_grad():
+        model.pos_embed.zero_()
+        model.patch_embed.proj.weight.zero_()
+        model.patch_embed.proj.weight[0, 0] = 1.0  # how red it is: much in class 0 and 3, little elsewhere
+        model.patch_embed.proj.bias.fill_(0.0)
+        model.patch_embed.proj.bias[0] = 130.0
+    found = told("artifacts", tmp_path, data, model, "cutoff=3", "draws=0", "probe_images=0", "resampled_images=0")
+    assert "no layer makes them" in found["1.2"].seen
+
+
+def test_the_end_of_one_cloud_is_said_to_be_no_artifacts(data: Path, tmp_path: Path) -> None:
+    found = told("artifacts", tmp_path, data, network(), "draws=0", "probe_images=0", "resampled_images=0")
+    assert "stand out" in found["1.1"].seen
+    assert "one cloud, of which these are the end" in found["1.1"].seen
+    assert "No difference can be told" in found["1.3"].seen  # of so few images
