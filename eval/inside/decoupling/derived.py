@@ -17,6 +17,7 @@ from eval.inside.decoupling.telling import (
     cka_bars,
     curve,
     details,
+    drawn,
     each_says,
     last,
     names,
@@ -289,7 +290,7 @@ def tell_clutter(seen: Sequence[Seen], album: Album) -> Finding:
         ["Share of patches: ‖patches‖ / (‖patches‖ + ‖registers‖) of what CLS reads in the last layer, or with the "
          "skip part instead, which is there without registers too. Mean over images with its interval.",
          "How much goes on is told from pixels alone, without labels: edges, the mean length of the gradient of grey; "
-         "entropy, of the distribution of grey over 64 levels. ρ is Spearman's rank correlation."],
+         "entropy, of the distribution of grey over 64 levels. ρ is Spearman's rank correlation.", *drawn(seen)],
     )  # fmt: skip
 
 

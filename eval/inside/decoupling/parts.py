@@ -19,6 +19,7 @@ from eval.inside.decoupling.telling import (
     chosen,
     cka_bars,
     details,
+    drawn,
     each_says,
     last,
     names,
@@ -29,6 +30,7 @@ from eval.inside.decoupling.telling import (
 from eval.inside.finding import Album, Finding, Seen, counted
 
 MOST = 0.7  # of the attention, from which is said that it goes there
+DOTS = 1000  # images with a dot each in the figure of registers
 FAITHFUL, FAINT = 0.9, 0.5  # CKA or cosine: above it is said to be much like the whole, below not
 
 
@@ -52,8 +54,8 @@ def tell_attention(seen: Sequence[Seen], album: Album) -> Finding:
         [_attention_row(each) for each in seen],
         ["Attention after the softmax, of the query of CLS, mean over heads; summed over the tokens of a group.",
          "The paper's shares of registers and patches sum to 1: the share of CLS itself was dropped or scaled away. "
-         "Here it is shown, and the last column is without it.",
-         "The table has the mean over images with its 95 % interval."],
+         "Here it is shown, and left out in the column “patches : registers”.",
+         "The table has the mean over images with its 95 % interval.", *drawn(seen)],
     )  # fmt: skip
 
 
@@ -100,7 +102,7 @@ def tell_longest(seen: Sequence[Seen], album: Album) -> Finding:
     having = [each for each in seen if details(each)["longest"]]
     pictures = []
     if having:
-        lengths = [each.arrays["lengths"][:1000] for each in seen]
+        lengths = [each.arrays["lengths"][:: -(-len(each.arrays["lengths"]) // DOTS)] for each in seen]
         figure = drawing.registers(names(seen), lengths, [_profile(each) for each in seen])
         caption = (
             "Norms of the registers, and the dimensions of the longest one before and after the norm of the block."
@@ -120,7 +122,8 @@ def tell_longest(seen: Sequence[Seen], album: Album) -> Finding:
         ["Registers as they leave the last layer but one, before any norm; “as it is read” is after the norm with "
          "which the last block begins.",
          f"“{FEW} dimensions hold”: the share of the squared length in the {FEW} strongest dimensions.",
-         "The cosine is the mean over all pairs of different images. The dimensions drawn are the 100 strongest."],
+         "The cosine is the mean over all pairs of different images. The dimensions drawn are the 100 strongest; dots "
+         f"are drawn for at most {DOTS:,} images, evenly spaced."],
     )  # fmt: skip
 
 

@@ -94,6 +94,15 @@ def basis(seen: Sequence[Seen]) -> str:
     )
 
 
+def drawn(seen: Sequence[Seen]) -> list[str]:
+    """Where figures show fewer images than the numbers stand on."""
+    return [
+        f"{each.name}: figures show {counted(shown, 'image')} of the {images:,}, evenly spaced."
+        for each in seen
+        if (shown := len(each.arrays["last"])) < (images := details(each)["images"])
+    ]
+
+
 def chosen(seen: Sequence[Seen]) -> list[str]:
     """What the paper leaves open of the split, as it was chosen."""
     said = []

@@ -138,6 +138,17 @@ def test_fewer_rows_for_the_regressions_are_drawn_evenly(folder: Path, tmp_path:
     assert details(result)["images"] == 48 and details(result)["rebuilt"]["images"] == 24
 
 
+def test_figures_that_show_fewer_images_say_so(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eval.suites.decoupling.KEPT", 20)
+    network = [seen(tmp_path, folder, "all", "photos=0")]
+    assert network[0].arrays["lengths"].shape == (16, 2)
+    monkeypatch.setattr("eval.inside.decoupling.parts.DOTS", 5)
+    for tell in (parts.tell_attention, parts.tell_longest, derived.tell_clutter):
+        finding = tell(network, Sketches(tmp_path))
+        assert "48 images" in finding.basis
+        assert "all: figures show 16 images of the 48, evenly spaced." in finding.how or "at most 5" in finding.how[-1]
+
+
 def test_one_network_or_three_are_told_side_by_side(folder: Path, tmp_path: Path) -> None:
     networks = [seen(tmp_path, folder, name) for name in ("all", "registers", "none")]
     album = Sketches(tmp_path / "page")
