@@ -121,9 +121,13 @@ def draw_features(seen: Sequence[Seen], album: Album) -> list[Picture]:
                     _signed(panel, shot, shot.features[feature])
                     shot.seed(panel, name)
                     shot.box(panel, name, TRUE)
+        how = {each.name: "with the bias that suited it best" if each.details["chosen"] else "centred"
+               for each in networks}  # fmt: skip
+        which = ", ".join(f"{name}: {said}" for name, said in how.items())
         caption = (
-            "The last step of LOST from each of the three things that attention computes of a patch, in the same "
-            "layer, each with the bias that suited it best. Red: belongs to the object; the black box is what is found."
+            "The last step of LOST from what attention computes of a patch, in the same layer, each "
+            f"{which if len({*how.values()}) > 1 else next(iter(how.values()))}. "
+            "Red: belongs to the object; the black box is what is found."
         )
         found.append(album.save(figure, f"discovery_features_{number + 1}", caption))
     return found

@@ -9,7 +9,7 @@ from evaluating import run_suite, surroundings
 from objects import object_network, write_objects
 
 from eval.backbone import Backbone
-from eval.inside.discovery.pictures import side_by_side
+from eval.inside.discovery.pictures import draw_features, side_by_side
 from eval.inside.discovery.shown import findings
 from eval.inside.finding import Album, Finding, Seen
 from eval.report.read import read_evaluation
@@ -55,6 +55,12 @@ def test_two_networks_side_by_side(data: Path, tmp_path: Path) -> None:
     assert not any("published" in row[0] for row in scores.rows)
     assert "No patch stands out" in found["2"].seen or "of the patches stand out by their norm" in found["2"].seen
     assert "best were the queries of block 2" in found["2"].seen or "best were the keys of block 2" in found["2"].seen
+
+
+def test_maps_of_features_say_which_bias_they_have(data: Path, tmp_path: Path) -> None:
+    words = ("photos=2", "features=[k,v]", "biases=[0.0]")
+    seen = [measured(tmp_path, data, "tune_share=0.0", *words, registers=0)]
+    assert "each centred." in draw_features(seen, Album(tmp_path))[0].caption
 
 
 def test_one_network_without_a_choice_and_without_photos(data: Path, tmp_path: Path) -> None:
