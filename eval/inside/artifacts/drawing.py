@@ -164,7 +164,7 @@ def layer_histograms(
                 axis.plot(middle, medians, color=line, linewidth=1.4, label=label)
         axis.set_xlim(0, 2 * depth)
         step = max(1, depth // 20)
-        axis.set_xticks(np.arange(0, 2 * depth, 2 * step) + 1, [str(at) for at in range(0, depth, step)])
+        axis.set_xticks(np.arange(0, 2 * depth, 2 * step) + 1, [str(at + 1) for at in range(0, depth, step)])
         axis.set_title(name, loc="left", fontsize=10)
         if cutoff is not None:
             axis.axhline(cutoff, color="black", linestyle="--", linewidth=0.8)

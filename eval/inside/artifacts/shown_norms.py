@@ -20,7 +20,7 @@ def tell_norms(seen: Sequence[Seen], album: Album) -> Finding:
     pictures = [
         album.save(
             drawing.norm_histograms(names(seen), tables, cutoffs), "1.1_histogram",
-            "How long the tokens of patches are, before the final norm. A second hump far to the right is artifacts.",
+            "How long patch tokens are, before the final norm. Artifacts would be a second hump far to the right.",
         )
     ]  # fmt: skip
     if all(len(each.arrays["photos"]) for each in seen):
@@ -29,7 +29,7 @@ def tell_norms(seen: Sequence[Seen], album: Album) -> Finding:
         pictures.append(
             album.save(
                 drawing.norm_maps(names(seen), photos, maps, medians), "1.1_maps",
-                "Norms of the tokens of these photos by the median of all images; single bright patches are artifacts.",
+                "Norms of these photos' tokens by the median of all images; artifacts would be single bright patches.",
             )
         )  # fmt: skip
     return Finding(
@@ -37,7 +37,7 @@ def tell_norms(seen: Sequence[Seen], album: Album) -> Finding:
         "Are a few patch tokens far longer than the rest?",
         each_says(seen, _norms_say),
         "DINOv2 ViT-g: 2.37 % of the patch tokens are longer than 150 while the rest lie below 100, about ten times "
-        "as long as the others. DINO ViT-B shows no such tokens [P].",
+        "as long as the others. DINO ViT-B shows no such tokens.",
         basis(seen), pictures,
         ["network", "median", "99.9 %", "largest", "outliers", "95 % interval", "beyond mean + 3 std", "two clouds?"],
         [_norms_row(each) for each in seen],
@@ -84,7 +84,7 @@ def _norms_how(seen: Sequence[Seen]) -> list[str]:
         cut, layer = details(each)["cutoff"], details(each)["layer"]
         on = f", found on {counted(cut['images'], 'image')}" if cut["images"] else ""
         told = "; every token of every image was held against it" if cut["value"] is not None else ""
-        said.append(f"{each.name}, after layer {layer}: {cut['how']}{on}{told}.")
+        said.append(f"{each.name}, after layer {layer + 1}: {cut['how']}{on}{told}.")
     return said
 
 
@@ -110,13 +110,13 @@ def tell_layers(seen: Sequence[Seen], album: Album) -> Finding:
         each_says(seen, _layers_say),
         "In DINOv2 ViT-g (40 layers) they part around layer 15, after a third of the training, and only the sizes "
         "L, H and g have them. In DINOv2 ViT-L the feed-forward of layer 17 makes them, in OpenCLIP ViT-B/16 that "
-        "of layer 6 (Jiang et al. 2025) [P].",
+        "of layer 6 (Jiang et al. 2025, who count from 0).",
         basis(seen), pictures,
         ["network", "width x layers", "outliers", "made by", "growth there", "times as long in the end"],
         [_layers_row(each) for each in seen],
         ["Along the training: each checkpoint was shown a part of the images, and its cutoff found by the same rule.",
          "The layer is where the median norm of the patches that are outliers grows most against that of the "
-         "others; layers count from 0."],
+         "others; layers count from 1."],
     )  # fmt: skip
 
 
@@ -130,7 +130,7 @@ def _layers_say(each: Seen) -> str:
             f"and at most {number(rise['most'])} times after any, so that no layer makes them{since}"
         )
     return (
-        f"the {rise['branch']} of layer {rise['layer']} lengthens outliers from {number(rise['before'])} to "
+        f"the {rise['branch']} of layer {rise['layer'] + 1} lengthens outliers from {number(rise['before'])} to "
         f"{number(rise['after'])} times the norm of other patches{since}"
     )
 
@@ -161,7 +161,14 @@ def _layers_row(each: Seen) -> list[str]:
     if rise is None:
         return [each.name, size, share, "–", "–", "–"]
     growth = f"{rise['after'] / rise['before']:.3g} times"
-    return [each.name, size, share, f"{rise['branch']} of layer {rise['layer']}", growth, number(rise["in_the_end"])]
+    return [
+        each.name,
+        size,
+        share,
+        f"{rise['branch']} of layer {rise['layer'] + 1}",
+        growth,
+        number(rise["in_the_end"]),
+    ]
 
 
 def tell_types(seen: Sequence[Seen], album: Album) -> Finding:
@@ -184,7 +191,7 @@ def tell_types(seen: Sequence[Seen], album: Album) -> Finding:
         "Do registers take over: are patches then free of outliers, and which tokens are long instead?",
         each_says(seen, lambda each: _types_say(each, reference)),
         "For DINOv2, OpenCLIP and DeiT-III the outliers among patches are gone with registers; high norms are left "
-        "in some registers only, about the same in every image [P].",
+        "in some registers only, about the same in every image.",
         basis(seen), [album.save(figure, "1.6_types", caption)],
         ["network", "token", "median", "1 to 99 %", "largest", "variation (CV)", "beyond the cutoff"],
         rows,

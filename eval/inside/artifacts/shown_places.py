@@ -24,7 +24,7 @@ def tell_neighbours(seen: Sequence[Seen], album: Album) -> Finding:
         "Are outliers patches that look like the patches beside them, before the network has looked at anything?",
         each_says(seen, _neighbours_say),
         "In DINOv2 ViT-g outliers are very similar to their neighbours, with cosines piled up near 1; normal "
-        "patches spread out [P].",
+        "patches spread out.",
         basis(seen),
         [album.save(figure, "1.3_neighbours", "Cosine of a patch to its neighbours after the patch embedding.")],
         ["network", "normal", "outliers", "AUROC", "95 % interval"],
@@ -77,7 +77,7 @@ def tell_places(seen: Sequence[Seen], album: Album) -> Finding:
         each_says(seen, lambda each: _places_say(each) + _resampled_say(each)),
         "Official DINOv2 resamples positions without antialiasing and has outliers in vertical stripes; with "
         "antialiasing the stripes are gone and a preference for the border stays. Some positions are outliers in "
-        "more than 20 % of the images [P].",
+        "more than 20 % of the images.",
         basis(seen), pictures,
         ["network", "seen with", "outliers", "border / inside", "95 % interval", "most at one place",
          "stripes of outliers", "stripes of norms"],

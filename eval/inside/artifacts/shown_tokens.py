@@ -100,7 +100,7 @@ def tell_single(seen: Sequence[Seen], album: Album) -> Finding | None:
         "Does a single outlier tell what is in the whole image, where a single normal patch cannot?",
         each_says(seen, _single_say),
         "DINOv2 ViT-g, mean of draws: on ImageNet CLS 86.0, a normal patch 65.8, an outlier 69.0; on Aircraft 87.3, "
-        "17.1 and 79.1; on Caltech-101 96.9, 73.2 and 97.6 % [P]. With a register, it takes the outliers' part.",
+        "17.1 and 79.1; on Caltech-101 96.9, 73.2 and 97.6 %. With a register, it takes the outliers' part.",
         "; ".join(_single_basis(each) for each in seen),
         [album.save(figure, "1.5_single", caption)],
         ["network", "token", "top-1", "95 % interval", "std over draws", "mean of classes", "C"],
