@@ -167,12 +167,16 @@ def _measure(
         rows = {name: rows_of(each, plain, frozen, batch.labels) for name, each in found.items()}
         return batch.places, rows, {name: each.counts.cpu() for name, each in found.items()}
 
-    mine = list(look.through(measure, "with and without the registers"))
-    shares = [each for share in look.context.ranks.gather_objects(mine) for each in share]
-    order = torch.cat([places for places, _, _ in shares]).argsort()
-    rows = {name: torch.cat([each[name] for _, each, _ in shares])[order] for name in networks}
-    counts = {name: torch.stack([each[name] for _, _, each in shares]).sum(0) for name in networks}
-    return rows, counts
+    mine: list[tuple[Tensor, dict[str, Tensor]]] = []
+    total = {name: torch.zeros(3, len(EDGES) - 1, dtype=torch.int64) for name in networks}
+    for places, one, counts in look.through(measure, "with and without the registers"):
+        mine.append((places, one))
+        total = {name: total[name] + counts[name] for name in networks}  # by batch they would be more than the rows
+    shares = look.context.ranks.gather_objects((mine, total))
+    pieces = [piece for share, _ in shares for piece in share]
+    order = torch.cat([places for places, _ in pieces]).argsort()
+    rows = {name: torch.cat([one[name] for _, one in pieces])[order] for name in networks}
+    return rows, {name: torch.stack([share[name] for _, share in shares]).sum(0) for name in networks}
 
 
 def _scores(rows: dict[str, Tensor]) -> dict[str, Score]:

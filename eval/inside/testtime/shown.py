@@ -21,7 +21,7 @@ MOST_NEURONS = 20  # whose activations are drawn
 MOST_PHOTOS = 4
 FEW = 1.5
 PAPER = (
-    "Jiang et al. (2025): in OpenCLIP B/16 (10 neurons, up to layer 5) and DINOv2 L/14 (45 neurons, up to layer 17) "
+    "Jiang et al. (2025): in OpenCLIP B/16 (10 neurons, up to block 6) and DINOv2 L/14 (45 neurons, up to block 18) "
     "a few neurons make the outliers. Moved to one added token, the maps are clean and figures stay: ImageNet 86.36 "
     "to 86.38 %, ADE20k 48.27 to 49.13 mIoU for DINOv2 L/14. Silencing the neurons without a register costs much "
     "instead (zero-shot 55.6 % after about 71 %)."
@@ -41,7 +41,7 @@ def findings(seen: Sequence[Seen], album: Album) -> list[Finding]:
             PAPER,
             _basis(seen),
             pictures,
-            ("", "patches that are outliers", "longest patch", "register", "attention of CLS on outliers",
+            ("", "patches that are outliers", "longest patch", "registers, mean", "attention of CLS on outliers",
              "on registers", "cosine of CLS", "accuracy"),
             [row for each in seen for row in _rows(each)],
             _how(seen),
@@ -185,7 +185,7 @@ def _overview(seen: Sequence[Seen], album: Album) -> Picture:
     caption = (
         "Left: mean norm of patches that will be outliers, and of the others, through the network; the dotted line "
         "is the last block with a neuron that is moved. Middle: how many patches have which norm where outliers are "
-        "told, before and after, and the added register. Right: mean |activation| of the neurons that are moved."
+        "told, before and after, and the registers afterwards. Right: mean |activation| of the neurons that are moved."
     )
     return album.save(figure, "test-time-registers", caption)
 
@@ -197,6 +197,8 @@ def _same_limits(axes: Sequence[Axes], column: int) -> None:
 
 
 def _draw_rise(axes: Axes, seen: Seen, colour: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     norms: dict[str, list[float | None]] = seen.details["norm_by_block"]  # type: ignore[assignment]
     for name, style in (("outliers", colour), ("others", BEFORE)):
         values = [np.nan if each is None else each for each in norms[name]]
@@ -204,6 +206,7 @@ def _draw_rise(axes: Axes, seen: Seen, colour: str) -> None:
     if (top := seen.details["top_layer"]) is not None:
         axes.axvline(float(top) + 1, color="black", linewidth=0.8, linestyle=":")  # type: ignore[arg-type]
     axes.set(yscale="log", xlabel="after block (0: as they enter)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _plain_numbers(axes)
     _legend(axes)
 
@@ -219,7 +222,7 @@ def _draw_norms(axes: Axes, seen: Seen, colour: str) -> None:
             width = 3.0 if name == PLAIN else 1.2  # seen also where both are the same
             axes.stairs(shares[name][2], edges, color=style, linewidth=width, label=SHORT[name])
     if ADDED in shares and shares[ADDED][1].any():
-        axes.stairs(shares[ADDED][1], edges, color=colour, alpha=0.3, fill=True, label="register")
+        axes.stairs(shares[ADDED][1], edges, color=colour, alpha=0.3, fill=True, label="registers")
     if cutoff := seen.details["cutoff"]["value"]:  # type: ignore[index]
         axes.axvline(cutoff, color="black", linewidth=0.8, linestyle=":")
     used = np.any([share.sum(0) > 0 for share in shares.values()], axis=0)
