@@ -25,6 +25,7 @@ READ = {
 GREY = "#888888"
 PANEL = (2.9, 2.4)  # inches
 MOST_PHOTOS = 4
+LEAST = 0.01  # of cosines on an axis, below which differences are of rounding
 Details = dict[str, Any]
 
 
@@ -144,18 +145,20 @@ def swapped(seen: Sequence[Seen], album: Album) -> Picture:
 
     labelled = any(each.details["swap"] for each in seen)
     figure = Figure(figsize=(4.4 * (1 + labelled), 2.9 * len(seen) + 0.4), layout="constrained")
-    grid = figure.subplots(len(seen), 1 + labelled, squeeze=False)
+    grid = figure.subplots(len(seen), 1 + labelled, squeeze=False, sharey="col")
     ways = WAYS[1:]
     for each, row in zip(seen, grid, strict=True):
         _draw_ways(row[0], each, SWAP, WAYS, "cosine")
         row[0].set(ylabel=f"{each.name}\ncosine of CLS", xlabel="block that the registers enter")
         if labelled:
             _draw_shares(row[1], each)
+    low, high = grid[0, 0].get_ylim()
+    grid[0, 0].set_ylim(min(low, high - LEAST), high)
     _legend(figure, ways)
     caption = (
         "Registers replaced once, as they enter the block on the axis. Left: how much of CLS is left at the end. "
         "Right, where images have classes: whose class the fixed classifier names after an exchange with another "
-        "image."
+        "image (dashed: the donor's, after the mean of registers, which knows of no donor)."
     )
     return album.save(figure, "knockout-swap", caption)
 
@@ -168,6 +171,8 @@ def _draw_shares(axes: Axes, seen: Seen) -> None:
         axes.errorbar(
             [row["layer"] + 1 for row in rows], value, spread, color=colour, marker="o", markersize=3, label=label
         )
+    chance = [row["donor_by_mean"]["value"] for row in rows]
+    axes.plot([row["layer"] + 1 for row in rows], chance, color=COLOURS[3], linestyle="--", linewidth=1)
     axes.set(xlabel="block that the registers enter", ylabel="class named [% of images]", ylim=(-3, 103))
     axes.set_xticks([row["layer"] + 1 for row in rows])
     axes.legend(frameon=False, fontsize=8)
