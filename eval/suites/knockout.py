@@ -37,6 +37,7 @@ from eval.metrics import RESAMPLES, mean_score, share_interval
 from eval.results import Result, Score
 from eval.suite import Context
 
+STUDENT = (np.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # of 1, 2, ...
 NAMES = {"CLS<-PATCH": "patches", "CLS<-CLS": "cls", "CLS<-REG": "registers", "PATCH<-REG": "registers_for_patches"}
 
 
@@ -283,8 +284,17 @@ def _mask(look: Look, cfg: KnockoutConfig) -> tuple[dict[str, Any], dict[str, Sc
         known = found[~found.isnan()]
         told |= {"left_out": len(known), "correlations": known.tolist()}
         if len(known):
-            scores["map_rank_correlation"] = mean_score(known)
+            scores["map_rank_correlation"] = correlation_score(known)
     return told, scores
+
+
+def correlation_score(values: Tensor) -> Score:
+    """The mean of one correlation an image (n,); by Student where images are too few to be resampled."""
+    score, count = mean_score(values), len(values)
+    if count > len(STUDENT):
+        return score
+    half = STUDENT[count - 1] * float(values.double().std()) / count**0.5 if count > 1 else 2.0
+    return replace(score, low=max(-1.0, score.value - half), high=min(1.0, score.value + half))
 
 
 def _some(part: Part, most: int) -> Part:

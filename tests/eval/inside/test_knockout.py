@@ -43,6 +43,7 @@ from eval.inside.knockout.masking import (
     rank_correlation,
 )
 from eval.results import Result
+from eval.suites.knockout import correlation_score
 
 DIM, PATCH, SIZE = 32, 8, 32
 COLOUR, HELD, TOLD, KIND = (
@@ -233,6 +234,15 @@ def test_rank_correlation_is_spearmans() -> None:
     assert rank_correlation(one, other) == pytest.approx(np.corrcoef(first, second)[0, 1])
     assert rank_correlation(one, one.exp()) == pytest.approx(1)
     assert rank_correlation(one, torch.ones(5)) is None
+
+
+def test_two_images_know_little_of_a_correlation() -> None:
+    score = correlation_score(torch.tensor([-0.8, -0.4]))
+    assert score.value == pytest.approx(-0.6)
+    assert (score.low, score.high) == (-1, 1)
+    assert correlation_score(torch.tensor([0.5])).low == -1
+    few = correlation_score(torch.tensor([0.1, 0.2, 0.3, 0.4]))
+    assert (few.low, few.high) == pytest.approx((0.25 - 0.2054, 0.25 + 0.2054), abs=1e-3)
 
 
 def test_random_orders_depend_on_the_image_alone() -> None:
