@@ -51,7 +51,7 @@ class Work:
         """The arguments of benchmarks.versus.ours."""
         words = {
             "run_dir": run, "data.sources": self.data, "data.workers": 0, "train.batch_size": self.batch,
-            "train.steps": steps, "train.precision": self.precision, "checkpoint.every": steps,
+            "train.steps": steps, "train.images": "null", "train.precision": self.precision, "checkpoint.every": steps,
             "model.num_registers": 4, "objective.dino.head.prototypes": PROTOTYPES, "objective.koleo.group": 0,
             "objective.targets.centering": "centering", "crops.local_count": LOCALS, "monitor.every": steps,
             "tracking.pictures_every": 0, "tracking.wandb": "disabled",
