@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,12 +66,11 @@ class Finding:
     how: Sequence[str] = ()
 
 
-@dataclass
+@dataclass(frozen=True)
 class Album:
     """Where figures are saved: in the folder `figures` beside the page."""
 
     folder: Path
-    saved: list[Picture] = field(default_factory=list)
 
     def save(self, figure: Figure, name: str, caption: str) -> Picture:
         """As figures/NAME.png and figures/NAME.pdf. The figure is not used afterwards."""
@@ -80,9 +79,7 @@ class Album:
         for ending in ("png", "pdf"):
             figure.savefig(place / f"{name}.{ending}", dpi=160, bbox_inches="tight")
             figure.set_layout_engine("none")  # it is laid out, and the second file need not be again
-        picture = Picture(f"figures/{name}.png", f"figures/{name}.pdf", caption)
-        self.saved.append(picture)
-        return picture
+        return Picture(f"figures/{name}.png", f"figures/{name}.pdf", caption)
 
 
 def counted(number: float, what: str) -> str:
