@@ -4,7 +4,7 @@ Four backends compute the same function. "xformers": memory-efficient attention 
 for all resolutions. "varlen": torch's own variable-length flash attention, likewise one kernel, half precision only.
 "sdpa": scaled_dot_product_attention once for each resolution; runs everywhere. "matmul": two products and a softmax,
 once for each resolution, with all weights in memory; for CPUs in bf16, whose units for it sdpa's kernel leaves idle:
-forward and backward take half of the time or less (benchmarks/LOG.md).
+forward and backward take a third of the time (benchmarks/LOG.md).
 """
 
 from __future__ import annotations
