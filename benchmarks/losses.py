@@ -57,7 +57,7 @@ def plain_pairs(student: Tensor, local: Tensor, targets: Tensor) -> Tensor:
 
 def our_pairs(student: Tensor, local: Tensor, targets: Tensor) -> Tensor:
     rows = class_token_assignments(targets.flatten(0, 1), local.shape[1])
-    logits = torch.cat([student.flatten(0, 1), local.flatten(0, 1)])
+    logits = torch.cat([student.flatten(0, 1), local.flatten(0, 1)])  # a copy, which the cross-entropy uses up
     entropy = cross_entropy(logits, list(rows.values()), STUDENT_T)
     globals_, locals_ = entropy.split([count for count, _ in rows.values()])
     pairs = 2 + 2 * local.shape[1]
@@ -71,7 +71,8 @@ def plain_ibot(student: Tensor, teacher: Tensor, offset: Tensor) -> Tensor:
 
 
 def our_ibot(student: Tensor, teacher: Tensor, offset: Tensor) -> Tensor:
-    return cross_entropy(student, [(len(student), softmax_rows(teacher, offset, TEACHER_T))], STUDENT_T).mean()
+    # The cross-entropy uses its logits up; here they are read again, so it gets a copy, which counts against it.
+    return cross_entropy(student.clone(), [(len(student), softmax_rows(teacher, offset, TEACHER_T))], STUDENT_T).mean()
 
 
 def learning(loss: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], Any]:

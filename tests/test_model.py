@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dinoreg import chunks
 from dinoreg.config import ConfigError
 from dinoreg.models.heads import HeadConfig, PrototypeHead
 from dinoreg.models.packing import Packing, draw_kept_rows
@@ -303,6 +304,20 @@ def test_head_is_a_cosine_with_each_prototype_times_its_length() -> None:
         "last_layer.weight_g",
         "last_layer.weight_v",
     ]
+
+
+def test_prototypes_pass_gradients_as_written_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "CHUNK_ENTRIES", {"cpu": 4 * 6})  # several pieces, the last one shorter
+    torch.manual_seed(0)
+    layer = PrototypeHead(16, HeadConfig(prototypes=10, bottleneck_dim=6)).double().last_layer
+    x = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
+    torch.nn.init.normal_(layer.weight_v)
+    torch.nn.init.uniform_(layer.weight_g, 0.5, 2)
+    weights, leaves = torch.randn(7, 10, dtype=torch.float64), [x, layer.weight_v, layer.weight_g]
+    prototypes = layer.weight_g * layer.weight_v / layer.weight_v.norm(dim=1, keepdim=True)
+    plain = torch.autograd.grad((x / x.norm(dim=1, keepdim=True) @ prototypes.T * weights).sum(), leaves)
+    for one, other in zip(torch.autograd.grad((layer(x) * weights).sum(), leaves), plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)  # x is normalised in fp32
 
 
 def test_head_options() -> None:

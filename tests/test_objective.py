@@ -162,11 +162,12 @@ def test_eight_parts_of_32_equal_one_of_256() -> None:
 def test_koleo_over_parts_sees_the_very_tokens_that_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes them from a pass without local crops, beforehand, which must drop the same rows."""
     objective, parts = tiny_objective(drop_path=0.5), split_crops(tiny_crops(12), 2)
-    original, looks = objective.student.look_at, []
-    monkeypatch.setattr(objective.student, "look_at", lambda *a, **k: looks.append(original(*a, **k)) or looks[-1])
+    original, seen = objective.student.tokens, []
+    monkeypatch.setattr(objective.student, "tokens", lambda *a, **k: seen.append(original(*a, **k)) or seen[-1])
     objective.forward_backward(parts, teacher_temperature=TEACHER_T, seed=3)
-    before, after = ([look[0].cls.detach() for look in pair] for pair in (looks[:2], looks[2:]))
-    assert [len(look) for look in looks] == [1, 1, 2, 2]
+    crops = 2 * len(parts[0].global_crops)
+    before, after = ([cls[:crops].detach() for cls, _ in pair] for pair in (seen[:2], seen[2:]))
+    assert [len(cls) > crops for cls, _ in seen] == [False, False, True, True]
     torch.testing.assert_close(before, after)
 
 

@@ -316,7 +316,7 @@ def test_pages_of_recipes_have_all_parts_and_no_broken_cell(recipe: str, words: 
 
 
 def test_a_page_tells_what_does_not_fit() -> None:
-    text = printed(load(RunConfig, "vitg14", ["model.depth=4"]), "world_size=8", "gpu=A100")
+    text = printed(load(RunConfig, "vitg14", ["model.depth=10"]), "world_size=8", "gpu=A100")
     assert text.count("too much") == 3
 
 

@@ -7,7 +7,7 @@ import torch
 from distributed import run_ranks
 from torch import Tensor
 
-from dinoreg.losses import chunks
+from dinoreg import chunks
 from dinoreg.losses.sinkhorn import sinkhorn_offset
 from dinoreg.parallel.mesh import Ranks
 
@@ -56,7 +56,7 @@ def test_many_iterations_use_every_prototype_alike() -> None:
 def test_tiles_and_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = cosines(256, 40)
     whole = sinkhorn_offset([logits], 0.05, 3, ALONE)
-    monkeypatch.setattr(chunks, "CHUNK_ENTRIES", 40 * 7)  # 7 rows, which do not divide 32
+    monkeypatch.setattr(chunks, "CHUNK_ENTRIES", {"cpu": 40 * 7})  # 7 rows, which do not divide 32
     tiles = [*logits.split(32), logits[:0]]
     torch.testing.assert_close(sinkhorn_offset(tiles, 0.05, 3, ALONE), whole, rtol=1e-5, atol=1e-5)
     calls = [lambda tile=tile: tile for tile in tiles]

@@ -15,6 +15,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from dinoreg.allocator import keep_freed_memory
 from dinoreg.config import ConfigError
 
 logger = logging.getLogger("dinoreg")
@@ -23,6 +24,7 @@ MAX_WORKERS = 16  # a rank, when chosen here
 SHARED_MEMORY = Path("/dev/shm")  # where batches lie between a worker and the main process
 BATCHES_HELD = 3  # by the main process: trained on, being copied to the device, just received
 SIGNALS = frozenset((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2))
+MEMORY_KEPT = 128 * 2**20  # bytes of freed memory in a worker; an image larger than most shall not stay in all of them
 GRACE = 2.0  # seconds for a worker to end by itself when it is told to
 LOOK_EVERY = 1.0  # seconds between a worker's looks at whether the main process lives
 
@@ -57,6 +59,7 @@ def worker_context() -> Any:
 
 def start_worker(_: int = 0) -> None:
     """Makes this process one that only the main process can end, and that ends when the main process is gone."""
+    keep_freed_memory(MEMORY_KEPT)
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     threading.Thread(target=_obey, daemon=True).start()
 

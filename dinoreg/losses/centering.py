@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dinoreg.chunks import row_chunks
 from dinoreg.losses.sinkhorn import Tile, read_tile
 from dinoreg.parallel.mesh import Ranks
 
@@ -28,7 +29,8 @@ def update_center_(center: Tensor, tiles: Sequence[Tile], momentum: float, ranks
     sums = torch.zeros(len(center) + 1, dtype=torch.float64, device=center.device)  # logits, and the number of them
     for tile in tiles:
         logits = read_tile(tile)
-        sums[:-1] += logits.sum(0, dtype=center.dtype)
+        for start, stop in row_chunks(logits):  # a CPU sums in fp32 only what it has converted whole
+            sums[:-1] += logits[start:stop].sum(0, dtype=center.dtype)
         sums[-1] += len(logits)
     ranks.sum_(sums)
     mean = sums[:-1] / sums[-1].clamp_min(1)

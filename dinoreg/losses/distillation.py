@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from dinoreg.losses.chunks import row_chunks, scaled, wide
+from dinoreg.chunks import row_chunks, scaled, wide
 
 # Target distributions of rows start .. stop - 1: (stop - start, K), each summing to 1, in at least fp32.
 Rows = Callable[[int, int], Tensor]
@@ -29,8 +30,10 @@ def table_rows(table: Tensor, repeats: int = 1) -> Rows:
 def cross_entropy(logits: Tensor, targets: Sequence[tuple[int, Rows]], temperature: float) -> Tensor:
     """H(target, softmax(logits / temperature)) of each row, in nats, computed in at least fp32.
 
-    Only `logits` is differentiated. Targets that sum to 1 make it logsumexp(z) - <target, z>, so that a student crop
-    compared with several teacher crops costs one inner product with the mean of their targets.
+    Only `logits` is differentiated, and where it is, its memory is used up: the gradient is made together with the
+    value, from the same exponentials, and takes the place of the logits, the widest tensor of a step. Whoever wants to
+    read them afterwards clones them before. Targets that sum to 1 make it logsumexp(z) - <target, z>, so that a student
+    crop compared with several teacher crops costs one inner product with the mean of their targets.
 
     Args:
         logits: (n, K) of the student, any float dtype; its gradient comes in the same.
@@ -46,37 +49,38 @@ def cross_entropy(logits: Tensor, targets: Sequence[tuple[int, Rows]], temperatu
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Keeps the logits as they came and one number a row; everything wide is recomputed, piece by piece."""
+    """Wide numbers exist piece by piece; what is kept for the backward pass is the gradient itself."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Sequence[tuple[int, Rows]], temperature: float) -> Tensor:
-        normaliser = torch.empty(len(logits), dtype=wide(logits.dtype), device=logits.device)
-        loss = torch.empty_like(normaliser)
-        for start, stop, target in _pieces(targets, logits.shape[-1]):
+        loss = torch.empty(len(logits), dtype=wide(logits.dtype), device=logits.device)
+        for start, stop, target in _pieces(targets, logits):
             z = scaled(logits[start:stop], temperature)
-            normaliser[start:stop] = z.logsumexp(-1)
-            loss[start:stop] = normaliser[start:stop] - z.mul_(target).sum(-1)
-        ctx.save_for_backward(logits, normaliser)
-        ctx.targets, ctx.temperature = targets, temperature
+            agreement = torch.linalg.vecdot(z, target)
+            top = z.amax(-1, keepdim=True)
+            total = z.sub_(top).exp_().sum(-1, keepdim=True)
+            loss[start:stop] = (top + total.log())[:, 0] - agreement
+            if ctx.needs_input_grad[0]:
+                logits[start:stop] = z.div_(total).sub_(target)
+        ctx.save_for_backward(logits)
+        ctx.temperature = temperature
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        logits, normaliser = ctx.saved_tensors
-        out = torch.empty_like(logits)
-        scale = grad / ctx.temperature
-        for start, stop, target in _pieces(ctx.targets, logits.shape[-1]):
-            z = scaled(logits[start:stop], ctx.temperature)
-            excess = z.sub_(normaliser[start:stop, None]).exp_().sub_(target)
-            out[start:stop] = excess.mul_(scale[start:stop, None])
-        return out, None, None
+        (excess,) = ctx.saved_tensors  # softmax - target
+        scale = (grad / ctx.temperature)[:, None]
+        for start, stop in row_chunks(excess):
+            excess[start:stop].mul_(scale[start:stop])  # in fp32, which a bf16 factor of a whole row would not be
+        return excess, None, None
 
 
-def _pieces(targets: Sequence[tuple[int, Rows]], width: int) -> Iterator[tuple[int, int, Tensor]]:
+def _pieces(targets: Sequence[tuple[int, Rows]], logits: Tensor) -> Iterator[tuple[int, int, Tensor]]:
     """(first row, end, targets of these rows) over all stretches."""
     offset = 0
     for count, rows in targets:
-        for start, stop in row_chunks(count, width):
+        for start, stop in row_chunks(logits[offset : offset + count]):
             yield offset + start, offset + stop, rows(start, stop)
         offset += count
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from dinoreg.losses.chunks import row_chunks, scaled, wide
+from dinoreg.chunks import row_chunks, scaled, wide
 from dinoreg.parallel.mesh import Ranks
 
 # Logits (n, K) of a part of the effective batch, or a function that computes them anew each time it is called.
@@ -67,5 +67,5 @@ def _chunks(tiles: Sequence[Tile], temperature: float, offset: Tensor | None = N
         logits = read_tile(tile)
         if not len(logits):
             yield logits.to(wide(logits.dtype))
-        for start, stop in row_chunks(*logits.shape):
+        for start, stop in row_chunks(logits):
             yield scaled(logits[start:stop], temperature, offset)

@@ -27,8 +27,13 @@ def embedding_flops(model: ModelConfig, patches: int) -> float:
 def blocks_flops(model: ModelConfig, patches: int) -> float:
     """All blocks, for one image of so many patches."""
     tokens, dim = 1 + model.num_registers + patches, model.size.embed_dim
-    matrices = 4 * dim * dim + (3 if model.ffn == "swiglu" else 2) * dim * model.ffn_hidden  # qkv, proj, feed-forward
-    return model.size.depth * (2.0 * tokens * matrices + 4.0 * tokens**2 * dim)  # q k^T and the average of v
+    attention = 2.0 * tokens * 4 * dim * dim + 4.0 * tokens**2 * dim  # qkv and proj; q k^T and the average of v
+    return model.size.depth * (attention + tokens * feed_forward_flops(model))
+
+
+def feed_forward_flops(model: ModelConfig) -> float:
+    """The feed-forward part of one block, for one token."""
+    return 2.0 * (3 if model.ffn == "swiglu" else 2) * model.size.embed_dim * model.ffn_hidden
 
 
 def traced_backbone_flops(model: ModelConfig, batches: Sequence[tuple[int, int]]) -> float:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from dinoreg.chunks import row_chunks, wide
 from dinoreg.config import ConfigError
 from dinoreg.models.layers import init_linear
+
+TINY = 1e-12  # least length that a direction is divided by, as in F.normalize
 
 
 @dataclass
@@ -49,13 +54,45 @@ class Prototypes(nn.Module):
         parameters' dtype, because it is the one matrix product of this size in a step.
         """
         unit = F.normalize(x.float(), dim=-1)
-        prototypes = F.normalize(self.weight_v.float(), dim=-1) * self.weight_g.float()
-        return F.linear(unit.to(self.weight_v.dtype), prototypes.to(self.weight_v.dtype))
+        return F.linear(unit.to(self.weight_v.dtype), _WeightNorm.apply(self.weight_v, self.weight_g))
 
     def init_weights(self) -> None:
         """Directions uniform in a cube as nn.Linear's, lengths 1."""
         nn.init.ones_(self.weight_g)
         nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))
+
+
+class _WeightNorm(torch.autograd.Function):
+    """g v / |v| of each row, in v's dtype, computed in at least fp32 (Salimans & Kingma 2016, eq. 2 and 3).
+
+    Written as torch's operations, this takes several fp32 copies of the largest matrix of a small network, forward and
+    backward; here it is made piece by piece.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, g: Tensor) -> Tensor:
+        """v (K, D), g (K, 1)."""
+        out = torch.empty_like(v)
+        inverse = torch.empty_like(g, dtype=wide(v.dtype))
+        for start, stop in row_chunks(v):
+            rows = v[start:stop].to(inverse.dtype)
+            inverse[start:stop] = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min(TINY).reciprocal()
+            out[start:stop] = rows * (inverse[start:stop] * g[start:stop])
+        ctx.save_for_backward(v, g, inverse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        v, g, inverse = ctx.saved_tensors
+        for_v, for_g = torch.empty_like(v), torch.empty_like(g)
+        for start, stop in row_chunks(v):
+            inv = inverse[start:stop]
+            direction, rows = v[start:stop] * inv, grad[start:stop].to(inv.dtype)
+            along = torch.linalg.vecdot(rows, direction)[:, None]  # what changes the length alone
+            for_g[start:stop] = along
+            for_v[start:stop] = torch.addcmul(rows, direction, along, value=-1).mul_(inv * g[start:stop])
+        return for_v, for_g
 
 
 class PrototypeHead(nn.Module):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinoreg.models.attention import attend
+from dinoreg.models.frugal import add_rows, linear_of
 from dinoreg.models.packing import KeptRows, Packing
 from dinoreg.models.rotary import rotate
 
@@ -27,16 +28,22 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def query_key_value(self, x: Tensor, packing: Packing) -> tuple[Tensor, Tensor, Tensor]:
-        """x (T, D) -> three (T, heads, head_dim), the first two turned where positions are rotary."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
+    def query_key_value(
+        self, x: Tensor, packing: Packing, norm: nn.Module | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (T, D), through `norm` if given -> three (T, heads, head_dim), two turned where positions are rotary."""
+        qkv = self.qkv(x) if norm is None else linear_of(norm, x, self.qkv)
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(1)
         if packing.turns is not None:
             q, k = rotate(q, packing.turns), rotate(k, packing.turns)
         return q, k, v
 
-    def forward(self, x: Tensor, packing: Packing, backend: str) -> Tensor:
-        q, k, v = self.query_key_value(x, packing)
-        return self.proj(attend(q, k, v, packing, backend).flatten(1))
+    def forward(
+        self, x: Tensor, packing: Packing, backend: str, norm: nn.Module | None = None, gain: Tensor | None = None
+    ) -> Tensor:
+        """x (T, D), through `norm` first -> (T, D), each channel times `gain` (D,), where these are given."""
+        q, k, v = self.query_key_value(x, packing, norm)
+        return linear_of(None, attend(q, k, v, packing, backend).flatten(1), self.proj, gain)
 
     def init_weights(self) -> None:
         init_linear(self.qkv)
@@ -57,8 +64,9 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(x)))
+    def forward(self, x: Tensor, norm: nn.Module | None = None, gain: Tensor | None = None) -> Tensor:
+        """x (T, D), through `norm` first -> (T, D), each channel times `gain` (D,), where these are given."""
+        return linear_of(self.activation, linear_of(norm, x, self.fc1), self.fc2, gain)
 
     def init_weights(self) -> None:
         init_linear(self.fc1)
@@ -78,9 +86,15 @@ class SwiGLU(nn.Module):
         """Two thirds of the MLP's width, rounded up to a multiple of 8: three matrices cost what the MLP's two do."""
         return (mlp_hidden * 2 // 3 + 7) // 8 * 8
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.w12(x).chunk(2, dim=-1)
-        return self.w3(F.silu(gate) * value)
+    @staticmethod
+    def activation(hidden: Tensor) -> Tensor:
+        """silu of one half of the channels times the other half."""
+        gate, value = hidden.chunk(2, dim=-1)
+        return F.silu(gate) * value
+
+    def forward(self, x: Tensor, norm: nn.Module | None = None, gain: Tensor | None = None) -> Tensor:
+        """As of `Mlp`."""
+        return linear_of(self.activation, linear_of(norm, x, self.w12), self.w3, gain)
 
     def init_weights(self) -> None:
         init_linear(self.w12)
@@ -114,20 +128,40 @@ class Block(nn.Module):
         self.mlp = ffn
         self.ls2: nn.Module = LayerScale(dim, layerscale) if layerscale else nn.Identity()
 
-    def forward(self, x: Tensor, packing: Packing, backend: str, kept: KeptRows | None = None) -> Tensor:
-        """x (T, D) -> (T, D). With `kept`, only those rows go through the branches; the others pass unchanged."""
+    def forward(
+        self,
+        x: Tensor,
+        packing: Packing,
+        backend: str,
+        kept: KeptRows | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """x (T, D) -> (T, D). With `kept`, only those rows go through the branches; the others pass unchanged.
+
+        rows: (m,), those that somebody wants, after the last block: then the result is (m, D), and the feed-forward
+        sees no others.
+        """
         if kept is None:
             x = x + self.attention_branch(x, packing, backend)
+            x = x if rows is None else x.index_select(0, rows)
             return x + self.ffn_branch(x)
         branch = self.attention_branch(x.index_select(0, kept.attention), kept.packing, backend)
-        x = x.index_add(0, kept.attention, branch * kept.gain)
+        x = add_rows(x, kept.attention, branch, kept.gain)
+        if rows is not None:  # how many of them are kept only the device knows: all go through, the others weigh 0
+            gain = kept.gain.new_zeros(len(x), 1).index_copy(0, kept.ffn, kept.gain).index_select(0, rows)
+            x = x.index_select(0, rows)
+            return x + gain * self.ffn_branch(x)
         branch = self.ffn_branch(x.index_select(0, kept.ffn))
-        return x.index_add(0, kept.ffn, branch * kept.gain)
+        return add_rows(x, kept.ffn, branch, kept.gain)
 
     def attention_branch(self, x: Tensor, packing: Packing, backend: str) -> Tensor:
+        if x.requires_grad:
+            return self.attn(x, packing, backend, self.norm1, _gain(self.ls1))
         return self.ls1(self.attn(self.norm1(x), packing, backend))
 
     def ffn_branch(self, x: Tensor) -> Tensor:
+        if x.requires_grad:
+            return self.mlp(x, self.norm2, _gain(self.ls2))
         return self.ls2(self.mlp(self.norm2(x)))
 
     def init_weights(self) -> None:
@@ -136,3 +170,7 @@ class Block(nn.Module):
         for part in (self.attn, self.mlp, self.ls1, self.ls2):
             if not isinstance(part, nn.Identity):
                 part.init_weights()  # type: ignore[operator]
+
+
+def _gain(layerscale: nn.Module) -> Tensor | None:
+    return layerscale.gamma if isinstance(layerscale, LayerScale) else None

@@ -204,12 +204,46 @@ class VisionTransformer(nn.Module):
         keeps, here and now, so that recomputation and a second pass with the same seed keep the same.
         """
         x, packing, grids = self.embed(images, masks)
-        rates = self.drop_rates if self.training else [0.0] * self.depth
-        backend = self.backend(x)
-        for block, kept in zip(self.blocks, draw_kept_rows(packing, rates, generator, x.dtype), strict=True):
-            x = block(x, packing, backend, kept)
+        x = self._through_blocks(x, packing, generator)
         prenorm, normed = packing.split(x), packing.split(self.norm(x))
         return [self._features(*each) for each in zip(prenorm, normed, grids, strict=True)]
+
+    def forward_tokens(
+        self,
+        images: Sequence[Tensor],
+        masks: Sequence[Tensor | None],
+        patches: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Class tokens of all images, and the patches of the first batch asked for: what a loss looks at, and no more.
+
+        The last feed-forward and the final norm see these rows alone, a tenth of all in DINOv2's recipes.
+
+        Args:
+            patches: int64 (m,), flat positions in the first batch's (B, N).
+            images, masks, generator: as in `forward`.
+
+        Returns:
+            (sequences, D), batch by batch, and (m, D), both after the final norm.
+        """
+        x, packing, grids = self.embed(images, masks)
+        starts, count = packing.boundaries[:-1], grids[0][0] * grids[0][1]
+        places = starts.index_select(0, patches // count) + 1 + self.num_registers + patches % count
+        x = self._through_blocks(x, packing, generator, torch.cat([starts, places]))
+        cls, chosen = self.norm(x).split([len(starts), len(patches)])
+        return cls, chosen
+
+    def _through_blocks(
+        self, x: Tensor, packing: Packing, generator: torch.Generator | None, rows: Tensor | None = None
+    ) -> Tensor:
+        """Packed tokens (T, D) after the last block; only `rows` (m,) of them, if given."""
+        rates = self.drop_rates if self.training else [0.0] * self.depth
+        *first, last = zip(self.blocks, draw_kept_rows(packing, rates, generator, x.dtype), strict=True)
+        backend = self.backend(x)
+        for block, kept in first:
+            x = block(x, packing, backend, kept)
+        block, kept = last
+        return block(x, packing, backend, kept, rows)
 
     def forward_features(self, images: Tensor, masks: Tensor | None = None) -> Features:
         """Features of one batch (B, C, H, W); see `forward`."""

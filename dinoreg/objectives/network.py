@@ -38,29 +38,32 @@ class HeadedBackbone(nn.ModuleDict):
         for module in self.values():
             module.init_weights()  # type: ignore[operator]
 
-    def look_at(
-        self, part: Crops, *, masked: bool, local: bool, generator: torch.Generator | None = None
-    ) -> list[Features]:
-        """Features of the global crops, masked if so wanted, and in the same pass of the local crops if so wanted.
+    def look_at(self, part: Crops, *, masked: bool) -> Features:
+        """Everything that the backbone says about the global crops, for those who look inside."""
+        masks = part.masks.flatten(0, 1) if masked and "ibot" in self.head_of else None
+        return self["backbone"]([part.global_crops.flatten(0, 1)], [masks])[0]
 
-        Without iBOT nothing is masked, and without DINO local crops are left out, since nothing would look at them.
-        Global crops come first, so that drop path keeps the same of their rows with and without the local ones.
+    def tokens(
+        self, part: Crops, *, masked: bool, local: bool, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What the losses look at: class tokens (n, D) of all crops seen, and the masked patches (m, D) of global ones.
+
+        Seen are the global crops, masked if so wanted, and in the same pass the local crops if so wanted. Without iBOT
+        nothing is masked, and without DINO local crops are left out, since nothing would look at them. Global crops
+        come first, so that drop path keeps the same of their rows with and without the local ones.
         """
+        ibot = "ibot" in self.head_of
         images: list[Tensor] = [part.global_crops.flatten(0, 1)]
-        masks: list[Tensor | None] = [part.masks.flatten(0, 1) if masked and "ibot" in self.head_of else None]
+        masks: list[Tensor | None] = [part.masks.flatten(0, 1) if masked and ibot else None]
         if local and "dino" in self.head_of and part.local_crops.shape[1]:
             images.append(part.local_crops.flatten(0, 1))
             masks.append(None)
-        return self["backbone"](images, masks, generator)
+        patches = part.masked_index if ibot else part.masked_index[:0]
+        return self["backbone"].forward_tokens(images, masks, patches, generator)  # type: ignore[operator]
 
-    def rows(self, features: Sequence[Features], part: Crops) -> dict[str, Tensor]:
-        """The tokens of each term: class tokens of all crops seen, and the masked patches (m, D) of the global ones."""
-        rows = {}
-        if "dino" in self.head_of:
-            rows["dino"] = torch.cat([each.cls for each in features])
-        if "ibot" in self.head_of:
-            rows["ibot"] = features[0].patches.flatten(0, 1).index_select(0, part.masked_index)
-        return rows
+    def rows(self, cls: Tensor, patches: Tensor) -> dict[str, Tensor]:
+        """The tokens of each term."""
+        return {term: rows for term, rows in (("dino", cls), ("ibot", patches)) if term in self.head_of}
 
     def bottlenecks(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The first, narrow half of the heads, for the rows of each term."""

@@ -150,7 +150,9 @@ class SelfDistillation(nn.Module):
             masked crops (loss/ibot: plateau ln K) and global crops (loss/koleo).
         """
         with record_function("teacher"):
-            tiles, features = self._teacher_pass(parts, keep_features=observe)
+            tiles = self._teacher_pass(parts)
+            features = self._look(parts[0]) if observe else None
+            release(self.teacher)
         with record_function("targets"):
             targets = self.targets(tiles, teacher_temperature)
         with record_function("student"):
@@ -167,23 +169,22 @@ class SelfDistillation(nn.Module):
         return {f"loss/{name}": value for name, value in means.items()}, observation
 
     @torch.no_grad()
-    def _teacher_pass(
-        self, parts: Sequence[Crops], keep_features: bool
-    ) -> tuple[dict[str, list[Tile]], Features | None]:
-        """The teacher's logits, one tile a part for each term; and its features of the first part, if asked for.
+    def _look(self, part: Crops) -> Features:
+        """The teacher's features, in a pass of its own: looking changes nothing, not even in rounding."""
+        return self.teacher.look_at(part, masked=False)
+
+    @torch.no_grad()
+    def _teacher_pass(self, parts: Sequence[Crops]) -> dict[str, list[Tile]]:
+        """The teacher's logits, one tile a part for each term.
 
         The logits of a single part are kept. Of several parts only the narrow outputs of the heads' MLPs are, and
         logits are made anew whenever they are read: together they would take the memory that parts are to save.
         """
-        teacher, kept, narrow = self.teacher, None, []
-        for part in parts:
-            features = teacher.look_at(part, masked=False, local=False)
-            kept = features[0] if keep_features and kept is None else kept
-            narrow.append(teacher.bottlenecks(teacher.rows(features, part)))
-        release(teacher)
+        teacher = self.teacher
+        narrow = [teacher.bottlenecks(teacher.rows(*teacher.tokens(p, masked=False, local=False))) for p in parts]
         if len(parts) == 1:
-            return {term: [logits] for term, logits in teacher.logits(narrow[0]).items()}, kept
-        return {t: [partial(teacher.last_layer(t), rows[t]) for rows in narrow] for t in teacher.head_of}, kept
+            return {term: [logits] for term, logits in teacher.logits(narrow[0]).items()}
+        return {t: [partial(teacher.last_layer(t), rows[t]) for rows in narrow] for t in teacher.head_of}
 
     def _koleo(self, parts: Sequence[Crops], seed: int) -> Callable[[Tensor, int], Tensor]:
         """KoLeo for the parts to come. Groups that cross parts need the class tokens of all parts beforehand."""
@@ -192,12 +193,12 @@ class SelfDistillation(nn.Module):
         if self.cfg.koleo.weight == 0 or len(parts) == 1 or not groups_straddle(share, group, pieces):
             return lambda cls, _: koleo_of_crops(cls, group, self.ranks)
         with torch.no_grad():
-            cls = [self._student_features(part, seed + i, local=False)[0].cls for i, part in enumerate(parts)]
+            cls = [self._student_tokens(part, seed + i, local=False)[0] for i, part in enumerate(parts)]
         return Spread.of(cls, group, self.ranks).follow
 
-    def _student_features(self, part: Crops, seed: int, *, local: bool) -> list[Features]:
+    def _student_tokens(self, part: Crops, seed: int, *, local: bool) -> tuple[Tensor, Tensor]:
         generator = torch.Generator(part.global_crops.device).manual_seed(seed)
-        return self.student.look_at(part, masked=True, local=local, generator=generator)
+        return self.student.tokens(part, masked=True, local=local, generator=generator)
 
     def _learn(
         self, part: Crops, index: int, step: _Step, features: Features | None
@@ -213,23 +214,24 @@ class SelfDistillation(nn.Module):
         with record_function("targets"):
             assigned = step.targets.assign(index, local_count)
         with record_function("student"):
-            seen = self._student_features(part, step.seed + index, local=True)
-            rows = self.student.by_head(self.student.rows(seen, part))
+            cls, patches = self._student_tokens(part, step.seed + index, local=True)
+            rows = self.student.by_head(self.student.rows(cls, patches))
+            cls = cls[: 2 * len(part.global_crops)]
             logits = {head: self.student[head](x) for head, x in rows.items()}
         with record_function("losses"):
             entropies = self._cross_entropies(logits, assigned)
             losses = {name: entropy.mean() for name, entropy in entropies.items() if name != "ibot"}
             if "ibot" in entropies:
                 weights = masked_token_weights(part.masks, part.masked_index)
-                losses["ibot"] = (weights * entropies["ibot"]).sum() / len(seen[0].cls)
+                losses["ibot"] = (weights * entropies["ibot"]).sum() / len(cls)
             if self.cfg.koleo.weight > 0:
-                losses["koleo"] = step.koleo(seen[0].cls, index)
+                losses["koleo"] = step.koleo(cls, index)
             total = self._total(losses, local_count)
         with record_function("backward"):
             set_gradient_sync(self.student, index == step.parts - 1)
             (total / step.parts).backward()
         losses = {name: value.detach() for name, value in (losses | {"total": total}).items()}
-        return losses, None if features is None else _observe(features, seen[0], assigned, entropies)
+        return losses, None if features is None else _observe(features, cls, assigned, entropies)
 
     def _cross_entropies(self, logits: dict[str, Tensor], assigned: dict[str, Assignments]) -> dict[str, Tensor]:
         """Cross-entropy of each of the student's rows, by loss. logits: (n, K) by head."""
@@ -258,13 +260,13 @@ class SelfDistillation(nn.Module):
 
 
 def _observe(
-    teacher: Features, student: Features, assigned: dict[str, Assignments], entropies: dict[str, Tensor]
+    teacher: Features, student_cls: Tensor, assigned: dict[str, Assignments], entropies: dict[str, Tensor]
 ) -> Observation:
     (name, (count, rows)) = next(iter((assigned.get("dino") or assigned["ibot"]).items()))
     shown = count if name == "dino_global" else min(count, SHOWN_PATCHES)
     return Observation(
         teacher_cls=teacher.cls,
-        student_cls=student.cls.detach(),
+        student_cls=student_cls.detach(),
         tokens_prenorm=teacher.prenorm,
         num_registers=teacher.registers.shape[1],
         dino_targets=rows(0, shown),

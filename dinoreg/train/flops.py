@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 
 from dinoreg.data.masks import block_counts, block_size
-from dinoreg.models.flops import analyse, blocks_flops, embedding_flops, traced_backbone_flops
+from dinoreg.models.flops import analyse, blocks_flops, embedding_flops, feed_forward_flops, traced_backbone_flops
 from dinoreg.models.heads import HeadConfig, PrototypeHead
 from dinoreg.models.vit import ModelConfig
 from dinoreg.train.recipe import RunConfig
@@ -58,25 +58,32 @@ def step_flops(config: RunConfig) -> tuple[float, float]:
     """(nominal, executed) operations that training spends on one source image.
 
     The student goes forward and backward (3 times its forward) through all crops, the teacher forward through the
-    global ones. "Executed" leaves out the rows that drop path skips; recomputed activations count in neither.
+    global ones. "Executed" leaves out the rows that drop path skips and those of the last feed-forward that no loss
+    looks at; recomputed activations count in neither.
     """
-    teacher = teacher_flops(config)
-    return 3 * _student_flops(config, 1.0) + teacher, 3 * _student_flops(config, kept_share(config.model)) + teacher
+    crops, kept = sequences(config), kept_share(config.model)
+    nominal = 3 * _forward_flops(config, crops) + _forward_flops(config, crops[:1])
+    return nominal, 3 * _executed_flops(config, crops, kept) + teacher_flops(config)
 
 
 def teacher_flops(config: RunConfig) -> float:
-    """The teacher's forward for one source image; the rest of a step is the student's, one third of it forward."""
-    count, patches = sequences(config)[0]
-    backbone = embedding_flops(config.model, patches) + blocks_flops(config.model, patches)
-    return count * backbone + _head_flops(config, count)
+    """Executed by the teacher for one source image; the rest of a step is the student's, one third of it forward."""
+    return _executed_flops(config, sequences(config)[:1], 1.0)
 
 
-def _student_flops(config: RunConfig, kept: float) -> float:
-    """Forward, for one source image, with this share of the rows of residual branches."""
-    crops = sequences(config)
+def _forward_flops(config: RunConfig, crops: Sequence[tuple[int, int]], kept: float = 1.0) -> float:
+    """Of one source image, with this share of the rows of residual branches."""
     embedding = sum(count * embedding_flops(config.model, patches) for count, patches in crops)
     blocks = sum(count * blocks_flops(config.model, patches) for count, patches in crops)
-    return embedding + kept * blocks + _head_flops(config, config.crops.local_count + 2)
+    return embedding + kept * blocks + _head_flops(config, sum(count for count, _ in crops))
+
+
+def _executed_flops(config: RunConfig, crops: Sequence[tuple[int, int]], kept: float) -> float:
+    """As above, where the last feed-forward sees the class tokens and the masked patches alone, dropped or not."""
+    seen = sum(count * (1 + config.model.num_registers + patches) for count, patches in crops)
+    wanted = sum(count for count, _ in crops) + masked_patches(config)
+    last_kept = 1 - config.model.drop_path if kept < 1 else 1.0  # both shapes of drop path end at its rate
+    return _forward_flops(config, crops, kept) - (last_kept * seen - wanted) * feed_forward_flops(config.model)
 
 
 def sequences(config: RunConfig) -> list[tuple[int, int]]:

@@ -145,18 +145,17 @@ def _gathered(config: RunConfig, parameters: dict[str, int], width: int) -> floa
 def _kept_values(config: RunConfig) -> float:
     """Numbers that autograd keeps of the student's backbone for one source image.
 
-    Of a block, a token leaves: the inputs of both norms, the normed ones, q, k, v, the attention's result, the outputs
-    of both branches (LayerScale wants them; scaled ones too where drop path adds rows back), and the hidden layers of
-    the feed-forward part before and after the activation. "selective" keeps what matrix products return, "full" the
-    block's input.
+    Of a block, a token leaves: the inputs of both norms, q, k, v, the attention's result, and the hidden layer of the
+    feed-forward part before the activation (dinoreg/models/frugal.py). "selective" keeps the block's input and the
+    results of attention and of both branches, "full" the block's input.
     """
     model = config.model
     tokens = sum(count * (1 + model.num_registers + patches) for count, patches in sequences(config))
     dim, hidden, swiglu = model.size.embed_dim, model.ffn_hidden, model.ffn == "swiglu"
-    everything = (12 if model.drop_path else 10) * dim + (4 if swiglu else 2) * hidden
+    everything = 6 * dim + (2 if swiglu else 1) * hidden
     each = {
         "none": kept_share(model) * everything,
-        "selective": dim + kept_share(model) * (6 * dim + (2 if swiglu else 1) * hidden),
+        "selective": dim + kept_share(model) * 3 * dim,
         "full": float(dim),
     }[config.efficiency.activation_checkpointing]
     recomputed = 0 if config.efficiency.activation_checkpointing == "none" else everything
@@ -164,11 +163,11 @@ def _kept_values(config: RunConfig) -> float:
 
 
 def _logit_values(config: RunConfig) -> float:
-    """Logits of one source image: the student's with their gradients, and the teacher's."""
+    """Logits of one source image: the student's, which their gradients replace, and the teacher's."""
     masked, head = masked_patches(config), config.objective.dino.head
     patch_head = config.objective.ibot.head if config.objective.ibot.separate_head else head
     student_crops = config.crops.local_count + 2
-    return (2 * student_crops + 2) * head.prototypes + 3 * masked * patch_head.prototypes
+    return (student_crops + 2) * head.prototypes + 2 * masked * patch_head.prototypes
 
 
 def _memory_table(config: RunConfig) -> Table:

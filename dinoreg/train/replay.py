@@ -167,8 +167,8 @@ def _broken_images(objective: SelfDistillation, crops: Crops, part: int) -> list
     images = len(crops.global_crops)
     fine = torch.ones(images, dtype=torch.bool, device=crops.global_crops.device)
     for network, masked in ((objective.teacher, False), (objective.student, True)):
-        for features in network.look_at(crops, masked=masked, local=False):
-            fine &= features.prenorm.isfinite().flatten(1).all(1).view(images, -1).all(1)
+        features = network.look_at(crops, masked=masked)
+        fine &= features.prenorm.isfinite().flatten(1).all(1).view(images, -1).all(1)
     return [part * images + row for row in (~fine).nonzero()[:, 0].tolist()]
 
 

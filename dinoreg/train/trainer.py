@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.profiler import record_function
 
+from dinoreg.allocator import keep_freed_memory
 from dinoreg.config import ConfigError
 from dinoreg.data.batch import Batch
 from dinoreg.data.images import REASONS, DataError
@@ -77,6 +78,8 @@ def train(cfg: RunConfig) -> Path:
     limit = None if cfg.train.time_limit is None else parse_time(cfg.train.time_limit)
     with StopRequests(limit) as stop:
         ranks = setup_ranks()
+        if ranks.device.type == "cpu":
+            keep_freed_memory()
         try:
             logs = Path(cfg.run_dir) / "logs"
             with Watch(ranks, cfg.watch, _TOGETHER) as watch, claimed(cfg, ranks), logging_to(logs, ranks):
