@@ -56,11 +56,13 @@ class Bench:
         self.batches = cycle([synthetic_batch(cfg, ranks, number) for number in range(3)])
         self.steps = 0
 
-    def step(self) -> None:
+    def step(self) -> dict[str, torch.Tensor]:
+        """Its losses and the like."""
         self.steps += 1
-        train_step(
+        metrics, _ = train_step(
             self.objective, self.optimizer, self.guard, next(self.batches), self.values, self.cfg, row_seed=self.steps
         )
+        return metrics
 
     def wait(self) -> None:
         if self.ranks.device.type == "cuda":
