@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.race import GIB, peak_resident
-from benchmarks.step import Bench, describe_machine, measure
+from benchmarks.machine import GIB, describe_machine
+from benchmarks.step import Bench, measure
 from dinoreg.config import load
 from dinoreg.parallel.mesh import Ranks, setup_ranks
 from dinoreg.train.flops import step_flops
@@ -49,11 +49,10 @@ def one(words: list[str], steps: int) -> dict[str, Any]:
     ranks = setup_ranks()
     config = load(RunConfig, words[0], words[1:])
     found = measure(Bench(config, ranks), steps, warmup=2)
-    peak = found["peak_memory_gib"] * GIB if "peak_memory_gib" in found else peak_resident()
     ranks.close()
     return {
         "seconds": found["seconds_per_step"],
-        "peak": peak,
+        "peak": found["peak_memory_gib"] * GIB,
         "flops": step_flops(config)[1] * config.train.batch_size,
     }
 

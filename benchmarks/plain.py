@@ -31,12 +31,12 @@ from dinoreg.train.schedules import StepValues
 class PlainStep:
     """Student, teacher and optimizer; `step` is one update.
 
-    Raises ConfigError for what it does not know: rotary positions, groups of KoLeo, parts of a batch.
+    Raises ConfigError for what it does not know: rotary positions and parts of a batch.
     """
 
     def __init__(self, cfg: RunConfig, device: torch.device) -> None:
-        if cfg.model.rope_base or cfg.objective.koleo.group or cfg.train.accumulate > 1:
-            raise ConfigError("the plain step knows learnt positions, one group for KoLeo and whole batches only")
+        if cfg.model.rope_base or cfg.train.accumulate > 1:
+            raise ConfigError("the plain step knows learnt positions and whole batches only")
         self.cfg, self.device = cfg, device
         bare = replace(cfg, train=replace(cfg.train, precision="fp32"), efficiency=EfficiencyConfig())
         objective = build_objective(bare, Ranks.alone(device))
@@ -112,7 +112,7 @@ class PlainStep:
             losses["loss/ibot"] = by_crop / masked.any(-1).sum().clamp_min(1)
             total = total + cfg.ibot.weight * by_crop / len(masked)
         if cfg.koleo.weight:
-            both = [koleo(seen[:, 0].unflatten(0, (images, 2))[:, crop]) for crop in range(2)]
+            both = [koleo(seen[:, 0].unflatten(0, (images, 2))[:, crop], cfg.koleo.group) for crop in range(2)]
             losses["loss/koleo"] = (both[0] + both[1]) / 2
             total = total + cfg.koleo.weight * (both[0] + both[1])
         return losses | {"loss/total": total}
@@ -190,8 +190,12 @@ def entropy(targets: Tensor, logits: Tensor, temperature: float) -> Tensor:
     return -(targets * (logits.float() / temperature).log_softmax(-1)).sum(-1)
 
 
-def koleo(features: Tensor) -> Tensor:
-    """DINOv2, section 4; features (b, D)."""
+def koleo(features: Tensor, group: int) -> Tensor:
+    """DINOv2, section 4; features (b, D), of which each `group` is by itself (0: all together)."""
+    return torch.stack([_koleo(some) for some in features.split(group or len(features))]).mean()
+
+
+def _koleo(features: Tensor) -> Tensor:
     if len(features) < 2:
         return features.sum() * 0
     with torch.autocast(features.device.type, enabled=False):

@@ -15,10 +15,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.step import describe_machine
+from benchmarks.machine import MIB, describe_machine, resident
 from dinoreg.parallel.mesh import Ranks
-
-MIB, GIB = 2**20, 2**30
 
 
 @dataclass(frozen=True)
@@ -84,17 +82,6 @@ def _memory(work: Callable[[], Any], device: torch.device) -> float:
         return float(torch.cuda.max_memory_allocated() - held)
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the highest resident size counts from now on
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     work()
-    return max(0.0, _resident("VmHWM") - before)
-
-
-def peak_resident() -> float:
-    """Bytes that this process held at most."""
-    return _resident("VmHWM")
-
-
-def _resident(name: str) -> float:
-    """Bytes, of this process."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return 1024.0 * int(line.split()[1])
+    return max(0.0, resident("VmHWM") - before)

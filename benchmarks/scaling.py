@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.step import describe_machine
+from benchmarks.machine import describe_machine
 from benchmarks.volumes import check_volumes
 from dinoreg.config import load
 from dinoreg.parallel.mesh import Ranks

@@ -74,10 +74,10 @@ def assert_the_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         [],
         ["objective.targets.centering=centering", "model.num_registers=0"],
         ["objective.ibot.separate_head=true", "objective.ibot.head.prototypes=128", "model.ffn=swiglu"],
-        ["objective.ibot.weight=0", "model.layerscale=0"],
+        ["objective.ibot.weight=0", "model.layerscale=0", "objective.koleo.group=4"],
         ["objective.dino.weight=0", "objective.koleo.weight=0"],
     ],
-    ids=["sinkhorn", "centering", "separate heads, SwiGLU", "DINO alone", "iBOT alone"],
+    ids=["sinkhorn", "centering", "separate heads, SwiGLU", "DINO alone, KoLeo in groups", "iBOT alone"],
 )
 def test_the_same_loss_curve(words: list[str], alone: Ranks) -> None:
     plain, ours = plain_curve(*words), curve(alone, *words)

@@ -25,7 +25,7 @@ from rich.text import Text
 
 from benchmarks.faults.lab import Lab, Outcome, Scenario
 from benchmarks.faults.matrix import SCENARIOS, play
-from benchmarks.step import describe_machine
+from benchmarks.machine import describe_machine
 from dinoreg.parallel.mesh import Ranks
 
 VERDICTS = {True: ("ok", "green"), False: ("NOT OK", "bold red"), None: ("not tried", "yellow")}

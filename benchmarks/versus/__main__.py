@@ -29,7 +29,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.step import describe_machine
+from benchmarks.machine import describe_machine
 from dinoreg.parallel.mesh import Ranks
 
 Precision = Literal["fp32", "bf16"]
