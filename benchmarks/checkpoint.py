@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.step import Bench, finish
+from benchmarks.step import Bench, finish, wait
 from dinoreg.config import load
 from dinoreg.parallel.mesh import Ranks, setup_ranks
 from dinoreg.train.checkpoint import CheckpointConfig, Checkpointer
@@ -51,7 +51,7 @@ class SavingBench(Bench):
     def stretch(self, steps: int, mode: str) -> dict[str, float]:
         """Train so many steps, with one save after the first unless `mode` is "none". Returns seconds."""
         saver = self.savers.get(mode, self.savers["background"])
-        self.wait()
+        wait(self.ranks.device)
         self.ranks.barrier()
         start = time.perf_counter()
         seconds: dict[str, float] = {}
@@ -59,7 +59,7 @@ class SavingBench(Bench):
             self.step_beside(saver)
             if step == 0 and mode != "none":
                 seconds = self.save(saver, seconds)
-        self.wait()
+        wait(self.ranks.device)
         seconds["stretch"] = time.perf_counter() - start
         before = time.perf_counter()
         saver.wait()
@@ -69,7 +69,7 @@ class SavingBench(Bench):
 
     def save(self, saver: Checkpointer, seconds: dict[str, float]) -> dict[str, float]:
         """What the trainer's save does. `held`: until it returns, which is the copying if it is in the background."""
-        self.wait()
+        wait(self.ranks.device)
         start = time.perf_counter()
         saver.save(self.steps, self.objective, self.optimizer, {"images": self.steps * self.cfg.train.batch_size})
         saver.save_teacher(self.steps, self.objective.teacher["backbone"], self.cfg.model, self.cfg.photometric)

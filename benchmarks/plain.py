@@ -141,21 +141,21 @@ def backbone(
     (x,) = packing.split(packed)
     rates = net.drop_rates if drop is not None else [0.0] * net.depth
     for each, rate in zip(net.blocks, rates, strict=True):
-        x = x + dropped(each.ls1(attention(each.attn, each.norm1(x))), rate, drop)  # type: ignore[operator,union-attr]
-        x = x + dropped(each.ls2(feed_forward(each.mlp, each.norm2(x))), rate, drop)  # type: ignore[operator,union-attr]
-    return net.norm(x)  # type: ignore[no-any-return]
+        x = x + dropped(each.ls1(attention(each.attn, each.norm1(x))), rate, drop)
+        x = x + dropped(each.ls2(feed_forward(each.mlp, each.norm2(x))), rate, drop)
+    return net.norm(x)
 
 
 def attention(layer: Any, x: Tensor) -> Tensor:
     q, k, v = layer.qkv(x).unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    return layer.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+    return layer.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 def feed_forward(layer: Any, x: Tensor) -> Tensor:
     if hasattr(layer, "w12"):
         gate, value = layer.w12(x).chunk(2, dim=-1)
-        return layer.w3(F.silu(gate) * value)  # type: ignore[no-any-return]
-    return layer.fc2(F.gelu(layer.fc1(x)))  # type: ignore[no-any-return]
+        return layer.w3(F.silu(gate) * value)
+    return layer.fc2(F.gelu(layer.fc1(x)))
 
 
 def dropped(branch: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:

@@ -1,10 +1,10 @@
-"""How long a run with very many shards takes to begin, in seconds and memory, and what its order of samples costs.
+"""How long a run with very many shards takes to begin, in seconds and memory (their order: see benchmarks.order).
 
     python -m benchmarks.shards [--count 100000] [--folder DIR]
 
 Writes that many tars of one small image each (eight files under as many names, so that it takes seconds), once without
 and once with an index beside each, and opens them in processes of their own: for the first time, and again with what
-the first start has kept. Then samples of 100,000 shards with 10,000 images each are looked up in their order.
+the first start has kept.
 """
 
 from __future__ import annotations
@@ -24,11 +24,9 @@ import numpy as np
 from PIL import Image
 
 from dinoreg.data import tarindex
-from dinoreg.data.order import EpochOrder
 from dinoreg.data.sources import DataConfig, open_sources
 
 DIFFERENT = 8  # files; each has as many names as are needed, which ext4 limits to 65,000
-LOOKED_UP = 5000
 
 
 @dataclass(frozen=True)
@@ -83,16 +81,6 @@ def _peak() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
-def microseconds_a_sample(chunks: int = 100_000, images: int = 10_000) -> float:
-    """Time to look up a sample in the order of that many shards."""
-    order = EpochOrder(np.full(chunks, images), window=16, key=0)
-    order.locate(0)
-    start = time.perf_counter()
-    for number in range(LOOKED_UP):
-        order.locate(number)
-    return (time.perf_counter() - start) / LOOKED_UP * 1e6
-
-
 def main() -> None:
     """Prints a table, or opens the shards of one line of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -117,7 +105,6 @@ def _compare(count: int, where: str | None) -> None:
                 start = measure_start(folder, kept)
                 print(f"{name + ', ' + label:34s}{start.seconds:9.2f}{start.peak:9.0f}")
                 assert start.images == count
-    print(f"order of 100,000 shards x 10,000 images: {microseconds_a_sample():.0f} us a sample")
 
 
 if __name__ == "__main__":

@@ -59,6 +59,80 @@ def test_permute_is_a_permutation(size) -> None:
     assert len(orders) == 1 if size == 1 else len(orders) > 1
 
 
+def plain_hash(value: int) -> int:
+    """SplitMix64."""
+    value = (value + 0x9E3779B97F4A7C15) % 2**64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) % 2**64
+    return value ^ (value >> 31)
+
+
+def plain_permute(index: int, size: int, key: int) -> int:
+    """The same permutation round by round, without tables."""
+    if size <= 256:
+        return int(generator(key, Purpose.PERMUTE, size).permutation(size)[index])
+    half = ((size - 1).bit_length() + 1) // 2
+    while True:
+        left, right = divmod(index, 2**half)
+        for turn in range(6):
+            left, right = right, left ^ plain_hash(key ^ turn * 2**56 ^ right) % 2**half
+        index = left * 2**half + right
+        if index < size:
+            return index
+
+
+SIZES = (1, 2, 255, 256, 257, 512, 513, 1023, 1024, 1025, 160_000, 2**20, 2**20 + 1, 10**9, 2**32 + 1)
+
+
+@pytest.mark.parametrize("key", [0, 1, -3, 2**63, 2**64 - 1, 2**70 + 5, make_key(7)])
+def test_permute_is_the_one_that_runs_rely_on(key) -> None:
+    for size in SIZES:
+        for index in {0, size // 3, size // 2, size - 1}:
+            assert permute(index, size, key) == plain_permute(index, size, key)
+
+
+def plain_locate(sizes: np.ndarray, window: int, key: int, number: int) -> tuple[int, int, int]:
+    """Where the number-th sample ever lies, by counting through the chunks of its pass."""
+    epoch, place = divmod(number, int(sizes.sum()))
+    chunks = generator(key, Purpose.ORDER, epoch).permutation(len(sizes)).tolist()
+    for first in range(0, len(chunks), window):
+        inside = chunks[first : first + window]
+        size = int(sizes[inside].sum())
+        if place < size:
+            break
+        place -= size
+    place = plain_permute(place, size, make_key(key, epoch, first // window))
+    for chunk in inside:
+        if place < sizes[chunk]:
+            return epoch, chunk, place
+        place -= int(sizes[chunk])
+    raise AssertionError
+
+
+@pytest.mark.parametrize("window", [1, 3, 16, 100])
+@pytest.mark.parametrize("sizes", [[7], [5, 0, 9, 2, 0], [1] * 40, [300, 0, 1024, 70] * 8])
+def test_order_is_the_one_that_runs_rely_on(sizes, window) -> None:
+    """Also for whoever jumps about, through more windows than are kept, and back to earlier passes."""
+    order, total = EpochOrder(np.array(sizes), window, key=11), sum(sizes)
+    jumps = np.random.default_rng(0).integers(5 * total, size=100).tolist()
+    for number in [*jumps, *range(total - 3, total + 40), 10**6 * total + 1, 0]:
+        assert order.locate(number) == plain_locate(np.array(sizes), window, 11, number)
+
+
+@pytest.mark.parametrize("weights", [[1.0], [0.7, 0.2, 0.1], [1.0, 900.0, 1.0], [1.0] * 50])
+def test_mixture_is_the_one_that_runs_rely_on(weights) -> None:
+    """A block's places, permuted, fall to the sources in the order of their numbers."""
+    edges = np.cumsum([0.0, *weights]) / np.sum(weights)
+    mixture = Mixture(weights, seed=5)
+    for number in [*range(MIX_BLOCK - 20, MIX_BLOCK + 20), 10**9, 3, 10**12 + 7]:
+        block, place = divmod(number, MIX_BLOCK)
+        place = plain_permute(place, MIX_BLOCK, make_key(5, Purpose.SOURCE, block))
+        before, after = (np.diff(np.floor(b * MIX_BLOCK * edges + 0.5)).astype(int) for b in (block, block + 1))
+        source = int(np.flatnonzero(np.cumsum(after - before) > place)[0])
+        turn = place - int((after - before)[:source].sum()) + int(before[source])
+        assert mixture.assign(number) == (source, turn)
+
+
 @pytest.mark.parametrize("size", [6, 300])
 def test_permute_is_uniform(size) -> None:
     """Each place gets each sixth of the values equally often: chi-squared with 25 degrees of freedom."""
@@ -214,6 +288,38 @@ def test_a_shard_that_shrinks_or_goes_after_it_was_indexed(tmp_path) -> None:
     with pytest.raises(BadImage) as caught:
         other.read(0)
     assert caught.value.reason == "missing"
+
+
+def test_what_is_announced_is_what_is_read(tmp_path, monkeypatch) -> None:
+    """Each sample's very bytes are asked of the disk; streams and files that lie alone are left as they are."""
+    write_shards(tmp_path, [20, 30])
+    write_folder(tmp_path / "photos", 10)
+    write_tar(tmp_path / "far.tar", {f"{n}.png": b"%d" % n for n in range(100, 110)})
+    stored = {"path": [str(tmp_path / "photos"), str(tmp_path / "s-*.tar")], "weight": 1}
+    sources = open_sources(DataConfig(sources=[stored, {"path": f"pipe:cat {tmp_path}/far.tar", "weight": 1}]))
+    asked, read, pread = [], [], os.pread
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, start, size, advice: asked.append((file, start, size)))
+    monkeypatch.setattr(
+        os, "pread", lambda file, size, start: read.append((file, start, size)) or pread(file, size, start)
+    )
+    reader, silent = Reader(sources, 0), Reader(sources, 0)
+    reader.announce(range(50))
+    found = [reader.entry(number).read() for number in range(50)]
+    assert asked and asked == read
+    assert found == [silent.entry(number).read() for number in range(50)]
+
+
+def test_to_announce_what_cannot_be_read_is_no_error(tmp_path) -> None:
+    path = write_tar(tmp_path / "t.tar", {f"{n}.jpg": b"x" * 5000 for n in range(3)})
+    places = tarindex.scan(path).places
+    places[1], places[2] = (-(2**63), 2**63 - 1, 0), (2**62, -5, 0)
+    tarindex.save_index(path, places)
+    shards = Shards([path])
+    path.unlink()
+    for index in range(3):
+        shards.announce(index)
+        with pytest.raises(BadImage):
+            shards.read(index)
 
 
 def test_folders_at_any_depth_with_links_and_circles(tmp_path) -> None:

@@ -65,6 +65,7 @@ class BatchMaker(Dataset[Batch]):
     def _make(self, step: int) -> Batch:
         share = self.batch_size // self.world
         start = step * self.batch_size + self.rank * share
+        self.reader.announce(range(start, start + share))
         crops, sizes = self.crops, (share, self.crops.local_count)
         batch = Batch(
             _empty(share, 2, self.channels, crops.global_size, crops.global_size),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -70,9 +70,9 @@ class Collection:
     def at(self, order: EpochOrder, number: int) -> tuple[Source, int]:
         """The number-th sample ever, as a source and an index in it."""
         epoch, chunk, place = order.locate(number)
-        which = int(self._chunk_source[chunk])
+        which = self._chunk_source.item(chunk)
         source = self.sources[which]
-        index = int(self._chunk_start[chunk]) + place
+        index = self._chunk_start.item(chunk) + place
         if source.scattered:
             index = permute(index, len(source), make_key(order.key, epoch, which))
         return source, index
@@ -188,8 +188,7 @@ class Reader:
 
     def entry(self, number: int, attempt: int = 0) -> Entry:
         """Sample `number`; from attempt 1 on, what stands in for it where it is bad: any other of the same part."""
-        which, turn = self.mixture.assign(number) if len(self.parts) > 1 else (0, number)
-        part, order = self.parts[which], self.orders[which]
+        part, order, turn = self._turn(number)
         if isinstance(order, Stream):
             return order.next()
         assert isinstance(part, Collection)
@@ -197,6 +196,19 @@ class Reader:
             place = generator(self.seed, Purpose.REPLACE, number, attempt).integers(len(part))
             return StoredEntry(*part.pick(int(place)))
         return StoredEntry(*part.at(order, turn))
+
+    def announce(self, numbers: Iterable[int]) -> None:
+        """Lets the disk fetch the samples with these numbers while others are decoded."""
+        for number in numbers:
+            part, order, turn = self._turn(number)
+            if isinstance(part, Collection) and isinstance(order, EpochOrder):
+                source, index = part.at(order, turn)
+                source.announce(index)
+
+    def _turn(self, number: int) -> tuple[Collection | Streamed, EpochOrder | Stream, int]:
+        """The part that a sample is of, and how many samples of it came before."""
+        which, turn = self.mixture.assign(number) if len(self.parts) > 1 else (0, number)
+        return self.parts[which], self.orders[which], turn
 
 
 def open_sources(cfg: DataConfig, cache: Path | None = None) -> Sources:
