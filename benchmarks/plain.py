@@ -21,6 +21,7 @@ from dinoreg.data.batch import Batch, Crops
 from dinoreg.data.photometric import develop
 from dinoreg.models.vit import VisionTransformer
 from dinoreg.parallel.mesh import Ranks
+from dinoreg.parallel.precision import resolve_precision
 from dinoreg.parallel.shard import EfficiencyConfig
 from dinoreg.train.build import build_objective
 from dinoreg.train.optimizer import parameter_rule
@@ -38,6 +39,7 @@ class PlainStep:
         if cfg.model.rope_base or cfg.train.accumulate > 1:
             raise ConfigError("the plain step knows learnt positions and whole batches only")
         self.cfg, self.device = cfg, device
+        self.precision = resolve_precision(cfg.train.precision, device)
         bare = replace(cfg, train=replace(cfg.train, precision="fp32"), efficiency=EfficiencyConfig())
         objective = build_objective(bare, Ranks.alone(device))
         self.student, self.teacher = objective.student, objective.teacher
@@ -51,7 +53,7 @@ class PlainStep:
     def step(self, batch: Batch, values: StepValues) -> dict[str, Tensor]:
         """One update on a batch on the device; the losses, as `SelfDistillation.forward_backward` names them."""
         crops = develop(batch, self.cfg.photometric)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.train.precision == "bf16"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             targets = self._targets(crops, values.teacher_temperature)
             losses = self._losses(crops, targets)
         losses["loss/total"].backward()

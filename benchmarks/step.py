@@ -40,6 +40,7 @@ from dinoreg.data.batch import Batch
 from dinoreg.data.masks import MaskConfig, draw_masks
 from dinoreg.data.photometric import draw
 from dinoreg.parallel.mesh import Ranks, setup_ranks
+from dinoreg.parallel.precision import resolve_precision
 from dinoreg.train.build import build_objective
 from dinoreg.train.flops import peak_flops, step_flops
 from dinoreg.train.guard import Guard
@@ -210,12 +211,13 @@ def operation_shares(prof: profile, cuda: bool) -> dict[str, float]:
 
 def describe_recipe(args: argparse.Namespace, cfg: RunConfig) -> dict[str, Any]:
     """Of what the figures are."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
         "name": args.recipe,
         "arch": cfg.model.arch,
         "patch_size": cfg.model.patch_size,
         "batch_size": cfg.train.batch_size,
-        "precision": cfg.train.precision,
+        "precision": resolve_precision(cfg.train.precision, device),
         "every": cfg.checkpoint.every,
         "overrides": args.overrides,
     }

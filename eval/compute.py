@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from dinoreg.config import ConfigError
 from dinoreg.data.images import DataError
 from dinoreg.data.workers import fit_shared_memory, start_worker, worker_context
+from dinoreg.parallel.precision import Precision, resolve_precision
 from eval.backbone import Backbone
 from eval.suite import Context
 
@@ -22,24 +22,6 @@ B = TypeVar("B", bound="Splittable")
 
 WORTH_WORKERS = 2000  # images from which starting processes to decode them pays
 PREFETCH = 2  # batches each worker prepares ahead
-
-Precision = Literal["auto", "fp32", "bf16"]
-
-
-def resolve_precision(precision: Precision, device: torch.device) -> Precision:
-    """auto: bf16 on GPUs, and on processors that have instructions for it, where it is 2.5 to 4 times as fast."""
-    if precision != "auto":
-        return precision
-    return "bf16" if device.type == "cuda" or _processor_has_bf16() else "fp32"
-
-
-def _processor_has_bf16() -> bool:
-    """As Linux lists it; elsewhere no."""
-    try:
-        words = Path("/proc/cpuinfo").read_text().split()
-    except OSError:
-        return False
-    return "avx512_bf16" in words or "amx_bf16" in words
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dinoreg.config import ConfigError
+from dinoreg.parallel.precision import Precision
 from eval.backbone import Backbone
-from eval.compute import Precision, load
+from eval.compute import load
 from eval.forward import Forward
 from eval.images import Part, View, Viewed
 from eval.results import write_json

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from dinoreg.config import ConfigError
+from dinoreg.parallel.precision import Precision
 from eval.backbone import Backbone
-from eval.compute import Fitting, Precision, autocast, normalise
+from eval.compute import Fitting, autocast, normalise
 from eval.suite import Context
 
 PATCH_MEAN = "patch-mean"  # the mean of the last block's patch tokens, final-normed

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from dinoreg.config import ConfigError
+from dinoreg.parallel.precision import Precision, resolve_precision
 from eval.backbone import Backbone
-from eval.compute import Precision, resolve_precision
 from eval.features import Features, extract
 from eval.images import Part, View, open_parts
 from eval.results import Result, Score

@@ -49,7 +49,7 @@ def test_the_defaults_need_only_a_length() -> None:
         ("train.accumulate=3", "train.accumulate", "3 parts do not divide train.batch_size 64"),
         ("train.epochs=10", "train.steps", "give one of steps and epochs, and set the other to null"),
         ("train.steps=0", "train.steps", "must be more than 0"),
-        ("train.precision=fp16", "train.precision", "expected one of ['bf16', 'fp32']"),
+        ("train.precision=fp16", "train.precision", "expected one of ['auto', 'bf16', 'fp32']"),
         ("objective.koleo.group=48", "objective.koleo.group", "48 does not divide train.batch_size 64"),
         ("objective.koleo.group=1", "objective.koleo.group", "1 image has no neighbours"),
         ("objective.koleo.group=1", "objective.koleo.group", "has no neighbours"),

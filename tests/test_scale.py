@@ -159,7 +159,7 @@ def test_what_is_predicted_is_what_a_real_step_sends(mode: str, overrides: list[
             objective.student,
             objective.teacher,
             replace(config.efficiency, shard=mode),  # type: ignore[arg-type]
-            config.train.precision,
+            "fp32" if config.train.precision == "fp32" else "bf16",
             ranks,
         )
         parts = split_crops(tiny_crops(4), config.train.accumulate)

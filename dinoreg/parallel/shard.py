@@ -29,7 +29,11 @@ class EfficiencyConfig:
 
 
 def parallelize(
-    student: nn.ModuleDict, teacher: nn.ModuleDict, cfg: EfficiencyConfig, precision: str, ranks: Ranks
+    student: nn.ModuleDict,
+    teacher: nn.ModuleDict,
+    cfg: EfficiencyConfig,
+    precision: Literal["bf16", "fp32"],
+    ranks: Ranks,
 ) -> None:
     """Prepare both networks in place: parameter names stay as they are, parameters become sharded DTensors.
 

@@ -15,6 +15,7 @@ from dinoreg.models.vit import VisionTransformer
 from dinoreg.models.weights import initialise
 from dinoreg.objectives.self_distillation import SelfDistillation
 from dinoreg.parallel.mesh import Ranks
+from dinoreg.parallel.precision import resolve_precision
 from dinoreg.parallel.shard import parallelize
 from dinoreg.train.about import About
 from dinoreg.train.recipe import RunConfig
@@ -45,7 +46,8 @@ def build_objective(cfg: RunConfig, ranks: Ranks, from_weights: bool = True) -> 
         if ranks.is_main:
             logger.info(str(report))
     _check_filled(objective)
-    parallelize(objective.student, objective.teacher, cfg.efficiency, cfg.train.precision, ranks)
+    precision = resolve_precision(cfg.train.precision, ranks.device)
+    parallelize(objective.student, objective.teacher, cfg.efficiency, precision, ranks)
     return objective.to(ranks.device)
 
 

@@ -132,7 +132,7 @@ def collectives(config: RunConfig, layout: Layout, local_world: int) -> list[Col
 
 
 def _weights(config: RunConfig, layout: Layout, local_world: int) -> Iterator[Collective]:
-    width = 2 if config.train.precision == "bf16" else 4
+    width = 4 if config.train.precision == "fp32" else 2
     group = layout.shards, min(layout.shards, local_world)
     for unit in layout.units:
         for phase, count in _gathers(config, unit, layout.shards * layout.replicas).items():

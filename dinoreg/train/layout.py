@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -135,7 +135,8 @@ def build(config: RunConfig, mode: str, ranks: Ranks) -> SelfDistillation:
     if ranks.world == 1 and config.train.precision == "fp32":
         ranks = replace(ranks, device=torch.device("meta"))  # plain tensors, which would be moved to the device
     efficiency = replace(config.efficiency, shard=mode, compile=False)  # type: ignore[arg-type]
-    parallelize(objective.student, objective.teacher, efficiency, config.train.precision, ranks)
+    precision: Literal["bf16", "fp32"] = "fp32" if config.train.precision == "fp32" else "bf16"  # as GPUs will have it
+    parallelize(objective.student, objective.teacher, efficiency, precision, ranks)
     return objective
 
 

@@ -118,7 +118,7 @@ def estimate_memory(config: RunConfig, world: int) -> Memory:
     Good to a fifth or so. The allocator's fragments and CUDA's own context (1 to 2 GiB) come on top.
     """
     parameters = count_parameters(config)
-    everything, width = sum(parameters.values()), 2 if config.train.precision == "bf16" else 4
+    everything, width = sum(parameters.values()), 4 if config.train.precision == "fp32" else 2
     shards = {"full": world, "hybrid": min(world, GPUS_A_NODE), "none": 1}[config.efficiency.shard]
     images = config.train.batch_size / world / config.train.accumulate
     plain = world == 1 and config.train.precision == "fp32"

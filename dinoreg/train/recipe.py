@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import Any, Literal
+from typing import Any
 
 from dinoreg.config import ConfigError
 from dinoreg.data.crops import CropConfig
@@ -13,6 +13,7 @@ from dinoreg.data.photometric import PhotometricConfig
 from dinoreg.data.sources import DataConfig
 from dinoreg.models.vit import ModelConfig
 from dinoreg.objectives.self_distillation import ObjectiveConfig
+from dinoreg.parallel.precision import Precision
 from dinoreg.parallel.shard import EfficiencyConfig
 from dinoreg.parallel.watch import WatchConfig
 from dinoreg.train.checkpoint import CheckpointConfig
@@ -32,7 +33,7 @@ class LoopConfig:
     steps: int | None = None
     epochs: float | None = None  # true passes over the data
     images: float | None = None
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Precision = "auto"  # of the arithmetic; weights are kept in fp32. auto: bf16 where the device has it
     log_every: int = 10  # steps; the device is only waited for at these
     time_limit: str | None = None  # such as 3h50m: then the run saves and stops, to be started again
     go_on_from: str | None = None  # another run, or one of its checkpoints, to go on from under these options

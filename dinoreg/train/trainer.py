@@ -29,6 +29,7 @@ from dinoreg.objectives.observation import Observation
 from dinoreg.objectives.self_distillation import SelfDistillation
 from dinoreg.parallel.judge import WITH_OTHERS
 from dinoreg.parallel.mesh import Ranks, setup_ranks
+from dinoreg.parallel.precision import resolve_precision
 from dinoreg.parallel.watch import Watch
 from dinoreg.train import pictures
 from dinoreg.train.about import About
@@ -80,6 +81,9 @@ def train(cfg: RunConfig) -> Path:
         ranks = setup_ranks()
         if ranks.device.type == "cpu":
             keep_freed_memory()
+        # Written down, so that the run goes on in the same numbers wherever it does.
+        precision = ranks.from_main(lambda: resolve_precision(cfg.train.precision, ranks.device))
+        cfg = replace(cfg, train=replace(cfg.train, precision=precision))
         try:
             logs = Path(cfg.run_dir) / "logs"
             with Watch(ranks, cfg.watch, _TOGETHER) as watch, claimed(cfg, ranks), logging_to(logs, ranks):

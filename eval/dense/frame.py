@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinoreg.parallel.precision import Precision
 from eval.backbone import Backbone
-from eval.compute import Fitting, Precision, autocast, normalise
+from eval.compute import Fitting, autocast, normalise
 from eval.suite import Context
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from dinoreg.config import ConfigError
+from dinoreg.parallel.precision import Precision, resolve_precision
 from eval.backbone import Backbone
-from eval.compute import Precision, load, resolve_precision
+from eval.compute import load
 from eval.dense.frame import Mapper
 from eval.dense.pairs import Pairs, reason_of, take
 from eval.dense.samples import (

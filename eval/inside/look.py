@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from dinoreg.config import ConfigError
+from dinoreg.parallel.precision import Precision, resolve_precision
 from eval.backbone import Backbone
-from eval.compute import Fitting, Precision, autocast, load, normalise, resolve_precision
+from eval.compute import Fitting, autocast, load, normalise
 from eval.images import Images, Part, View, Viewed, draw_evenly, find_parts, open_parts
 from eval.probe import MOST_ZOOM, choose_size
 from eval.results import Result, Score

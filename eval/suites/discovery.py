@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from dinoreg.config import ConfigError
+from dinoreg.parallel.precision import Precision, resolve_precision
 from eval.backbone import Backbone
 from eval.boxes.boxed import BoxedImages
 from eval.boxes.opening import open_boxes
-from eval.compute import Precision, resolve_precision
 from eval.images import draw_evenly
 from eval.inside.discovery.images import Sight, choose_short
 from eval.inside.discovery.judging import Verdict, draw_tuning, standing_out

@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dinoreg.parallel.precision import Precision
 from eval.backbone import Backbone
-from eval.compute import Precision, autocast, normalise
+from eval.compute import autocast, normalise
 from eval.inside.discovery.images import Sight
 from eval.inside.discovery.lost import Maps, boxes_around, expand, gram
 from eval.inside.discovery.rules import centre, minus_mean, unit
