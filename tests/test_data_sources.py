@@ -11,12 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dinoreg.config import ConfigError
 from dinoreg.data import tarindex
 from dinoreg.data.counter import Purpose, generator, make_key, permute
+from dinoreg.data.crops import CropConfig
 from dinoreg.data.images import BadImage
+from dinoreg.data.loader import BatchMaker
+from dinoreg.data.masks import MaskConfig
 from dinoreg.data.order import MIX_BLOCK, EpochOrder, Mixture
+from dinoreg.data.photometric import PhotometricConfig
 from dinoreg.data.sources import DataConfig, Reader, Sources, open_sources
 from dinoreg.data.stored import Folder, Shards
 
@@ -307,6 +312,20 @@ def test_what_is_announced_is_what_is_read(tmp_path, monkeypatch) -> None:
     found = [reader.entry(number).read() for number in range(50)]
     assert asked and asked == read
     assert found == [silent.entry(number).read() for number in range(50)]
+
+
+def test_a_loader_announces_the_batch_after_the_one_it_makes(tmp_path, monkeypatch) -> None:
+    image = io.BytesIO()
+    Image.new("RGB", (20, 20)).save(image, "PNG")
+    path = write_tar(tmp_path / "t.tar", {f"{n}.png": image.getvalue() for n in range(7)})
+    crops = CropConfig(global_size=8, local_size=8, local_count=1)
+    given = crops, PhotometricConfig(), MaskConfig(), (2, 2)
+    maker = BatchMaker(open_sources(DataConfig(sources=[str(path)])), *given, 3, batch_size=6, seed=0, rank=1, world=2)
+    announced = []
+    monkeypatch.setattr(Reader, "announce", lambda reader, numbers: announced.append(numbers))
+    made = [maker[step] for step in (0, 1)]
+    assert announced == [range(9, 12), range(15, 18)]
+    assert made[1].positions.tolist() == [9, 10, 11]
 
 
 def test_to_announce_what_cannot_be_read_is_no_error(tmp_path) -> None:

@@ -63,9 +63,9 @@ class BatchMaker(Dataset[Batch]):
             return self._make(step)
 
     def _make(self, step: int) -> Batch:
-        share = self.batch_size // self.world
-        start = step * self.batch_size + self.rank * share
-        self.reader.announce(range(start, start + share))
+        info, numbers = get_worker_info(), self._share(step)
+        self.reader.announce(self._share(step + (info.num_workers if info else 1)))  # the next that this process makes
+        start, share = numbers.start, len(numbers)
         crops, sizes = self.crops, (share, self.crops.local_count)
         batch = Batch(
             _empty(share, 2, self.channels, crops.global_size, crops.global_size),
@@ -74,16 +74,22 @@ class BatchMaker(Dataset[Batch]):
             torch.from_numpy(draw_masks(self.masks, self.grid, self.batch_size, self.seed, start, share)),
             torch.arange(start, start + share),
         )
-        for row, number in enumerate(range(start, start + share)):
+        for row, number in enumerate(numbers):
             self._cut(batch, row, number)
             rng = generator(self.seed, Purpose.PHOTOMETRIC, number)
             batch.photometric[row] = torch.from_numpy(draw(self.photometric, rng, self.channels, crops.local_count))
         batch.shards_done += self.reader.take_done()
-        if get_worker_info() is not None:
+        if info is not None:
             # Here, where a lack of room is an error, and not in the thread that sends, where the batch would be lost.
             for tensor in (batch.photometric, batch.masks, batch.positions):
                 tensor.share_memory_()
         return batch
+
+    def _share(self, step: int) -> range:
+        """The numbers of the rank's samples."""
+        share = self.batch_size // self.world
+        start = step * self.batch_size + self.rank * share
+        return range(start, start + share)
 
     def _cut(self, batch: Batch, row: int, number: int) -> None:
         """Fills one row of crops, with another sample where the one whose turn it is cannot be used."""
