@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinoreg.config import ConfigError
-from dinoreg.data.batch import Batch, Crops
-from dinoreg.data.photometric import develop
+from dinoreg.data.batch import Crops
 from dinoreg.models.vit import VisionTransformer
+from dinoreg.objectives.self_distillation import SelfDistillation
 from dinoreg.parallel.mesh import Ranks
 from dinoreg.parallel.precision import resolve_precision
 from dinoreg.parallel.shard import EfficiencyConfig
@@ -35,13 +35,13 @@ class PlainStep:
     Raises ConfigError for what it does not know: rotary positions and parts of a batch.
     """
 
-    def __init__(self, cfg: RunConfig, device: torch.device) -> None:
+    def __init__(self, cfg: RunConfig, objective: SelfDistillation) -> None:
+        """objective: whose weights are used, plain tensors in fp32."""
         if cfg.model.rope_base or cfg.train.accumulate > 1:
             raise ConfigError("the plain step knows learnt positions and whole batches only")
+        device = next(objective.parameters()).device
         self.cfg, self.device = cfg, device
         self.precision = resolve_precision(cfg.train.precision, device)
-        bare = replace(cfg, train=replace(cfg.train, precision="fp32"), efficiency=EfficiencyConfig())
-        objective = build_objective(bare, Ranks.alone(device))
         self.student, self.teacher = objective.student, objective.teacher
         self.drop = torch.Generator(device).manual_seed(cfg.seed)
         self.centers = {term: torch.zeros(count, device=device) for term, count in objective.targets.prototypes.items()}
@@ -50,9 +50,14 @@ class PlainStep:
         self.rules = [parameter_rule(name, depth, cfg.optim) for name, _ in named]
         self.adamw = torch.optim.AdamW([{"params": [p]} for _, p in named], lr=0.0, betas=cfg.optim.betas)
 
-    def step(self, batch: Batch, values: StepValues) -> dict[str, Tensor]:
-        """One update on a batch on the device; the losses, as `SelfDistillation.forward_backward` names them."""
-        crops = develop(batch, self.cfg.photometric)
+    @staticmethod
+    def build(cfg: RunConfig, device: torch.device) -> PlainStep:
+        """With the weights that a run of `cfg` starts from."""
+        bare = replace(cfg, train=replace(cfg.train, precision="fp32"), efficiency=EfficiencyConfig())
+        return PlainStep(cfg, build_objective(bare, Ranks.alone(device)))
+
+    def step(self, crops: Crops, values: StepValues) -> dict[str, Tensor]:
+        """One update on developed crops; the losses, as `SelfDistillation.forward_backward` names them."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             targets = self._targets(crops, values.teacher_temperature)
             losses = self._losses(crops, targets)
@@ -109,7 +114,7 @@ class PlainStep:
                 targets["ibot"], head(self.student[heads["ibot"]], self._masked(seen, crops)), temperature
             )
             masked = crops.masks.flatten(0, 1)
-            weights = (1 / masked.sum(-1).clamp_min(1))[:, None].expand_as(masked)[masked]
+            weights = (1 / masked.sum(-1).clamp_min(1))[:, None].expand_as(masked).flatten()[crops.masked_index]
             by_crop = (weights * entropies).sum()
             losses["loss/ibot"] = by_crop / masked.any(-1).sum().clamp_min(1)
             total = total + cfg.ibot.weight * by_crop / len(masked)
@@ -142,6 +147,7 @@ def backbone(
     packed, packing, _ = net.embed([images], [masks])
     (x,) = packing.split(packed)
     rates = net.drop_rates if drop is not None else [0.0] * net.depth
+    each: Any
     for each, rate in zip(net.blocks, rates, strict=True):
         x = x + dropped(each.ls1(attention(each.attn, each.norm1(x))), rate, drop)
         x = x + dropped(each.ls2(feed_forward(each.mlp, each.norm2(x))), rate, drop)

@@ -38,7 +38,7 @@ from dinoreg.allocator import keep_freed_memory
 from dinoreg.config import ConfigError, load
 from dinoreg.data.batch import Batch
 from dinoreg.data.masks import MaskConfig, draw_masks
-from dinoreg.data.photometric import draw
+from dinoreg.data.photometric import develop, draw
 from dinoreg.parallel.mesh import Ranks, setup_ranks
 from dinoreg.parallel.precision import resolve_precision
 from dinoreg.train.build import build_objective
@@ -83,11 +83,11 @@ class PlainBench:
 
     def __init__(self, cfg: RunConfig, ranks: Ranks) -> None:
         self.cfg, self.ranks = cfg, ranks
-        self.plain = PlainStep(cfg, ranks.device)
+        self.plain = PlainStep.build(cfg, ranks.device)
         self.values, self.batches = values_of(cfg), batches_of(cfg, ranks)
 
     def step(self) -> dict[str, torch.Tensor]:
-        return self.plain.step(next(self.batches), self.values)
+        return self.plain.step(develop(next(self.batches), self.cfg.photometric), self.values)
 
 
 def values_of(cfg: RunConfig) -> StepValues:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from itertools import cycle
 
 import pytest
 import torch
 from torch import Tensor
 
 from benchmarks.plain import PlainStep
-from benchmarks.step import Bench, synthetic_batch
+from benchmarks.step import Bench, batches_of
 from dinoreg.config import load
+from dinoreg.data.photometric import develop
 from dinoreg.parallel.mesh import Ranks, setup_ranks
 from dinoreg.train.recipe import RunConfig
-from dinoreg.train.schedules import Schedules
+from dinoreg.train.schedules import Schedules, StepValues
 
 SMALL = (
     "data.sources=[synthetic]", "train.steps=1000", "train.batch_size=8", "model.arch=vit_tiny", "model.embed_dim=48",
@@ -39,17 +39,20 @@ def alone() -> Iterator[Ranks]:
 def curve(ranks: Ranks, *words: str) -> dict[str, Tensor]:
     """Losses (STEPS,) by name, of dinoreg's own step."""
     bench = Bench(load(RunConfig, None, [*SMALL, LR, *words]), ranks)
-    bench.values = Schedules(bench.cfg, num_samples=None).at(100)
+    bench.values = schedule(bench.cfg)
     return _stacked([bench.step() for _ in range(STEPS)])
+
+
+def schedule(cfg: RunConfig) -> StepValues:
+    return Schedules(cfg, num_samples=None).at(100)
 
 
 @lru_cache(maxsize=8)
 def plain_curve(*words: str) -> dict[str, Tensor]:
     cfg = load(RunConfig, None, [*SMALL, LR, *words])
     ranks = Ranks.alone()
-    batches = cycle([synthetic_batch(cfg, ranks, number) for number in range(3)])
-    plain, values = PlainStep(cfg, ranks.device), Schedules(cfg, num_samples=None).at(100)
-    return _stacked([plain.step(next(batches), values) for _ in range(STEPS)])
+    batches, plain, values = batches_of(cfg, ranks), PlainStep.build(cfg, ranks.device), schedule(cfg)
+    return _stacked([plain.step(develop(next(batches), cfg.photometric), values) for _ in range(STEPS)])
 
 
 def _stacked(steps: list[dict[str, Tensor]]) -> dict[str, Tensor]:
