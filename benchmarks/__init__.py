@@ -1,6 +1,5 @@
 """Speed and memory, measured."""
 
-import os
+from dinoreg.threads import set_patience
 
-# As the `dinoreg` command does, and as early: OpenMP reads it when torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+set_patience()  # as the `dinoreg` command does, and as early

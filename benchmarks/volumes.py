@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import warnings
 from collections import Counter
@@ -98,7 +97,6 @@ def _step(rank: int, world: int, mode: str, folder: str) -> None:
     """The second step of a process: the first finds everything as initialisation left it."""
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")
     torch.set_num_threads(1)
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     try:
         bench = Bench(_config(world, mode), Ranks(rank, world, rank % 2, 2, torch.device("cpu")))

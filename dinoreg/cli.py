@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from dinoreg.threads import set_patience
+
 if TYPE_CHECKING:
     from dinoreg.train.recipe import RunConfig
 
@@ -36,9 +38,7 @@ Pretrain vision transformers with registers, and look at what came out.
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one subcommand and exit with its status: 0, 1 for findings, 2 for a mistake, told in one line."""
-    # Threads that spin while they wait for each other cost six times their use as soon as the data workers, or anybody
-    # else, want the same cores. OpenMP reads this once, when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    set_patience()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a peer that dies is told in one line, not in stack frames
     words = list(sys.argv[1:] if arguments is None else arguments)
     run_command("dinoreg", COMMANDS, OVERVIEW, words)

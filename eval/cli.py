@@ -12,6 +12,7 @@ from textwrap import dedent
 from typing import TYPE_CHECKING
 
 from dinoreg.cli import run_command
+from dinoreg.threads import set_patience
 from eval.suites import EXPERIMENTS, SCORES, SUITES, Suite
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ PARTS = ("train=", "test=", "val=", "images=")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one suite, or all, and exit with 0, or 2 for a mistake, told in one line."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in dinoreg.cli
+    set_patience()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     commands: dict[str, Callable[[Sequence[str]], int]] = {name: partial(one, suite) for name, suite in SUITES.items()}
     commands |= {"all": every, "inside": inside, "report": report, "compare": compare}

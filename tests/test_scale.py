@@ -139,12 +139,13 @@ def test_pretending_leaves_no_trace(fails: bool) -> None:
     "overrides",
     [
         [],
-        ["train.accumulate=2"],
+        ["efficiency.reshard=true"],
+        ["efficiency.reshard=true", "train.accumulate=2"],
         ["train.accumulate=2", "objective.ibot.separate_head=true", "objective.targets.sinkhorn_iterations=2"],
         ["train.accumulate=2", "efficiency.reshard=false", "objective.koleo.group=2"],
         ["efficiency.reshard=false", "objective.targets.centering=centering", "train.precision=fp32"],
-        ["objective.koleo.group=4", "efficiency.activation_checkpointing=full", "objective.dino.weight=0"],
-        ["objective.koleo.weight=0", "objective.dino.head.train_scale=false", "train.accumulate=4"],
+        ["objective.koleo.group=4", "efficiency.reshard=true", "efficiency.activation_checkpointing=full"],
+        ["objective.koleo.weight=0", "objective.dino.weight=0", "efficiency.reshard=true", "train.accumulate=4"],
     ],
 )
 def test_what_is_predicted_is_what_a_real_step_sends(mode: str, overrides: list[str]) -> None:

@@ -74,12 +74,9 @@ class Work:
 
 def measure(command: list[str], threads: int) -> dict[str, Any]:
     """Run one trainer in a process; the JSON of its last line. Raises RuntimeError with the end of what it said."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "passive",
-        "XFORMERS_DISABLED": "1",
-    }
+    # How threads wait is each trainer's own affair.
+    environment = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    environment |= {"OMP_NUM_THREADS": str(threads), "XFORMERS_DISABLED": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines or not lines[-1].startswith("{"):

@@ -16,13 +16,16 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from dinoreg.config import ConfigError
 from dinoreg.parallel.mesh import Ranks
 
+RESHARD_ABOVE = 5e8  # parameters; together they are 1 GiB in bf16, a hundredth of a large GPU's memory
+
 
 @dataclass
 class EfficiencyConfig:
     """Options that change speed and memory, never results (beyond rounding)."""
 
     shard: Literal["full", "hybrid", "none"] = "full"  # hybrid: shard within a node, replicate across nodes
-    reshard: bool = True  # free gathered weights between forward and backward: less memory, one more gather
+    # Free gathered weights between forward and backward: less memory, one more gather. null: of large networks only.
+    reshard: bool | None = None
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     compile: bool = False  # torch.compile each block
     attention: Literal["auto", "xformers", "varlen", "sdpa", "matmul"] = "auto"
@@ -55,7 +58,12 @@ def parallelize(
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for network in (student, teacher):
-        _shard(network, mesh, policy, cfg.reshard)
+        _shard(network, mesh, policy, reshards(cfg, sum(p.numel() for p in network.parameters())))
+
+
+def reshards(cfg: EfficiencyConfig, parameters: int) -> bool:
+    """Whether gathered weights of a network of so many parameters, backbone and heads, are freed after the forward."""
+    return parameters > RESHARD_ABOVE if cfg.reshard is None else cfg.reshard
 
 
 def data_mesh(shard: str, ranks: Ranks) -> DeviceMesh:

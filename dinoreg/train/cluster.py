@@ -12,6 +12,7 @@ from typing import Literal
 
 from dinoreg.config import ConfigError
 from dinoreg.losses.koleo import groups_straddle
+from dinoreg.parallel.shard import reshards
 from dinoreg.train.flops import peak_of, step_flops, teacher_flops
 from dinoreg.train.layout import Layout, Unit
 from dinoreg.train.recipe import RunConfig
@@ -134,17 +135,20 @@ def collectives(config: RunConfig, layout: Layout, local_world: int) -> list[Col
 def _weights(config: RunConfig, layout: Layout, local_world: int) -> Iterator[Collective]:
     width = 4 if config.train.precision == "fp32" else 2
     group = layout.shards, min(layout.shards, local_world)
+    again = reshards(config.efficiency, sum(unit.whole for unit in layout.units if unit.network == "student"))
     for unit in layout.units:
-        for phase, count in _gathers(config, unit, layout.shards * layout.replicas).items():
+        for phase, count in _gathers(config, unit, layout.shards * layout.replicas, again).items():
             yield Collective("all-gather", phase, count, width * unit.shard * layout.shards, *group, "weights")
 
 
-def _gathers(config: RunConfig, unit: Unit, world: int) -> dict[Phase, int]:
+def _gathers(config: RunConfig, unit: Unit, world: int, again: bool) -> dict[Phase, int]:
     """How often a step gathers a unit. The rest of a backbone, once gathered, stays for all of a pass.
+
+    again: what was gathered for the forward is freed, and gathered again for the backward.
 
     With several parts, teachers' logits are made anew whenever they are read, and KoLeo may want a forward of its own.
     """
-    parts, again = config.train.accumulate, config.efficiency.reshard and unit.name != "backbone"
+    parts, again = config.train.accumulate, again and unit.name != "backbone"
     if unit.network == "teacher":
         if parts > 1 and unit.name.endswith("last_layer"):
             return {"targets": parts * _reads(config) * _terms(config, unit) if again else 1}

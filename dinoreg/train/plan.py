@@ -13,6 +13,7 @@ from dinoreg.config import ConfigError
 from dinoreg.data.sources import open_sources
 from dinoreg.models.heads import HeadConfig, PrototypeHead
 from dinoreg.models.vit import build_vit
+from dinoreg.parallel.shard import reshards
 from dinoreg.train.flops import kept_share, masked_patches, peak_flops, sequences, step_flops, traced_step_flops
 from dinoreg.train.recipe import RunConfig
 from dinoreg.train.schedules import Schedules
@@ -133,7 +134,7 @@ def estimate_memory(config: RunConfig, world: int) -> Memory:
 def _gathered(config: RunConfig, parameters: dict[str, int], width: int) -> float:
     """Two blocks (one running, one prefetched) and the largest head; everything without resharding."""
     everything, backbone = sum(parameters.values()), parameters["backbone"]
-    blocks = 2 * backbone / config.model.size.depth if config.efficiency.reshard else backbone
+    blocks = 2 * backbone / config.model.size.depth if reshards(config.efficiency, everything) else backbone
     heads = (
         max(parameters.values()) if len(parameters) == 1 else max(v for k, v in parameters.items() if k != "backbone")
     )
