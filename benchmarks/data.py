@@ -1,32 +1,41 @@
 """Images a second of the host pipeline on one core, against the same augmentation written with Pillow.
 
-    python -m benchmarks.data [--images DIR] [--count 64] [--rounds 5]
+    python -m benchmarks.data [--images DIR] [--count 64] [--rounds 5] [--out FILE.json]
 
 Both sides get the same encoded images, held in memory, and make 2 global crops of 224 and 8 local ones of 98 pixels.
 The Pillow side does all of DINOv2's recipe, one crop after another, as torchvision does it on PIL images (its Gaussian
 is replaced by Pillow's own, which is faster, so the comparison is on the safe side). dinoreg's side stops at uint8
-crops, for the rest happens on the device in batches; the second figure counts that too, on this same core.
+crops, for the rest happens on the device in batches; the second figure counts that too, on this same core. Both run in
+this process, which keeps freed memory as the trainer and its workers do; Pillow gains by that as far as it can.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import json
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from PIL import __version__ as pillow_version
 
+from benchmarks.machine import describe_machine
+from dinoreg.allocator import keep_freed_memory
 from dinoreg.data import photometric as ph
 from dinoreg.data.batch import Batch
 from dinoreg.data.counter import Purpose, generator
 from dinoreg.data.crops import CropConfig, allowed_shrink, cut, draw_boxes, resize_box
 from dinoreg.data.images import EXTENSIONS, open_picture
 from dinoreg.data.masks import MaskConfig, draw_masks
+from dinoreg.parallel.mesh import Ranks
 
 CROPS, PHOTOMETRIC, MASKS = CropConfig(), ph.PhotometricConfig(), MaskConfig()
 GRID = (16, 16)
@@ -119,8 +128,8 @@ def on_host(images: list[bytes], batch: Batch) -> None:
     batch.masks[:] = torch.from_numpy(draw_masks(MASKS, GRID, len(images), 0, 0, len(images)))
 
 
-def stages(images: list[bytes]) -> dict[str, float]:
-    """Milliseconds an image of each stage by itself (their sum leaves out the glue)."""
+def host_stages(images: list[bytes]) -> dict[str, float]:
+    """Milliseconds an image of each stage by itself (their sum leaves out what writes the crops into the batch)."""
     pictures = [open_picture(data) for data in images]
     drawn = [draw_boxes(CROPS, generator(0, Purpose.CROP, i), p.width, p.height) for i, p in enumerate(pictures)]
     sizes = [CROPS.global_size] * 2 + [CROPS.local_size] * CROPS.local_count
@@ -147,6 +156,25 @@ def stages(images: list[bytes]) -> dict[str, float]:
     return {name: 1e3 * seconds(work) / len(images) for name, work in named.items()}
 
 
+def photometric_stages(batch: Batch) -> dict[str, float]:
+    """Milliseconds an image of each operation inside `develop`, and of what is around them."""
+    spent: Counter[str] = Counter()
+
+    def timed(operation: ph.Operation) -> ph.Operation:
+        def work(crops: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+            start = time.process_time()
+            out = operation(crops, values)
+            spent[operation.__name__] += time.process_time() - start
+            return out
+
+        return work
+
+    with mock.patch.dict(ph.OPERATIONS, {column: timed(operation) for column, operation in ph.OPERATIONS.items()}):
+        total = seconds(lambda: ph.develop(batch, PHOTOMETRIC))
+    spent["planning, to floats, normalising"] = total - spent.total()
+    return {name: 1e3 * value / len(batch) for name, value in spent.items()}
+
+
 def seconds(work: Callable[[], object]) -> float:
     """Processor time of one call: what else runs on the machine hardly matters."""
     start = time.process_time()
@@ -169,39 +197,65 @@ def resize_agreement(images: list[bytes]) -> tuple[float, int]:
     return float((every <= 1).mean()), int(every.max())
 
 
+def measure(images: list[bytes], rounds: int) -> dict[str, Any]:
+    """All the figures."""
+    batch = empty_batch(len(images))
+    sides: dict[str, Callable[[], object]] = {
+        "pillow": lambda: [with_pillow(data, i) for i, data in enumerate(images)],
+        "host": lambda: on_host(images, batch),
+        "photometrics": lambda: ph.develop(batch, PHOTOMETRIC),
+    }
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds + 1):  # the first warms up
+        for name, work in sides.items():
+            times[name].append(1e3 * seconds(work) / len(images))
+    pillow, host, device = (float(np.median(values[1:])) for values in times.values())
+    totals = {
+        "Pillow, everything": pillow,
+        "dinoreg, photometrics on device": host,
+        "dinoreg, photometrics on this core": host + device,
+    }
+    share, worst = resize_agreement(images)
+    return {
+        "images": len(images),
+        "rounds": rounds,
+        "ms_per_image": totals,
+        "speed_up": {name: pillow / value for name, value in totals.items()},
+        "stages": {"host": host_stages(images), "photometrics": photometric_stages(batch)},
+        "resize": {"within_1_of_255": share, "worst": worst},
+        "every_round_ms_per_image": {name: values[1:] for name, values in times.items()},
+    }
+
+
+def show(results: dict[str, Any]) -> None:
+    """The table, for a person."""
+    print(f"{results['images']} images, median of {results['rounds']} rounds, one core")
+    print(f"{'':34}{'ms/image':>10}{'images/s':>10}{'speed-up':>10}")
+    for name, value in results["ms_per_image"].items():
+        print(f"{name:34}{value:10.2f}{1e3 / value:10.0f}{results['speed_up'][name]:9.1f}x")
+    for title, stages in results["stages"].items():
+        print(f"\nstages of the {title}, ms/image")
+        for name, value in stages.items():
+            print(f"  {name:32}{value:10.3f}")
+    share, worst = results["resize"]["within_1_of_255"], results["resize"]["worst"]
+    print(f"\nresized crops against Pillow's: {share:.4%} of the values within 1 of 255, the worst {worst} apart")
+
+
 def main() -> None:
-    """Prints the table."""
+    """Measures, prints, and writes to --out."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", help="folder of images; without it, cuts from bundled photographs")
     parser.add_argument("--count", type=int, default=64, help="images a round")
     parser.add_argument("--rounds", type=int, default=5, help="rounds, of which the median counts")
+    parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    images = find_images(args.images, args.count)
-    batch = empty_batch(len(images))
-    sides: dict[str, Callable[[], object]] = {
-        "Pillow, everything": lambda: [with_pillow(data, i) for i, data in enumerate(images)],
-        "dinoreg, host": lambda: on_host(images, batch),
-        "dinoreg, photometrics alone": lambda: ph.develop(batch, PHOTOMETRIC),
-    }
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(args.rounds + 1):  # the first warms up
-        for name, work in sides.items():
-            times[name].append(1e3 * seconds(work) / len(images))
-    pillow, host, device = (float(np.median(values[1:])) for values in times.values())
-    print(f"{len(images)} images, median of {args.rounds} rounds, one core")
-    print(f"{'':34}{'ms/image':>10}{'images/s':>10}{'speed-up':>10}")
-    for name, value in (
-        ("Pillow, everything", pillow),
-        ("dinoreg, photometrics on device", host),
-        ("dinoreg, photometrics on this core", host + device),
-    ):
-        print(f"{name:34}{value:10.2f}{1e3 / value:10.0f}{pillow / value:9.1f}x")
-    print("\nstages of the host, ms/image")
-    for name, value in stages(images).items():
-        print(f"  {name:32}{value:10.3f}")
-    share, worst = resize_agreement(images)
-    print(f"\nresized crops against Pillow's: {share:.4%} of the values within 1 of 255, the worst {worst} apart")
+    keep_freed_memory()
+    results = measure(find_images(args.images, args.count), args.rounds)
+    show(results)
+    if args.out:
+        machine = describe_machine(Ranks.alone()) | {"pillow": pillow_version, "numpy": np.__version__}
+        args.out.write_text(json.dumps({"machine": machine, "folder": args.images, **results}, indent=1))
 
 
 if __name__ == "__main__":

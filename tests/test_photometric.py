@@ -32,7 +32,7 @@ def photo() -> NDArray[np.uint8]:
 
 
 def to_tensor(image: NDArray[np.uint8]) -> torch.Tensor:
-    return torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
+    return torch.from_numpy(image.copy()).permute(2, 0, 1)[None].contiguous().float() / 255
 
 
 def from_pillow(image: Image.Image) -> torch.Tensor:
@@ -65,11 +65,11 @@ def test_solarise_is_pillows(photo) -> None:
     expected = from_pillow(ImageOps.solarize(Image.fromarray(photo), 128))
     torch.testing.assert_close(ph.solarise(to_tensor(photo), torch.ones(1)), expected, rtol=0, atol=1e-6)
     ramp = torch.arange(256).view(1, 1, 1, 256).expand(1, 3, 1, 256) / 255
-    inverted = ph.solarise(ramp, torch.ones(1))[0, 0, 0] != ramp[0, 0, 0]
+    inverted = ph.solarise(ramp.clone(), torch.ones(1))[0, 0, 0] != ramp[0, 0, 0]
     assert inverted.nonzero()[0].item() == 128 and inverted[128:].all()
 
 
-@pytest.mark.parametrize("steps", [-25, 7, 25, 127])
+@pytest.mark.parametrize("steps", [-127, -25, 7, 25, 127])
 def test_hue_agrees_with_colorsys_and_pillow(photo, steps) -> None:
     shift = steps / 255
     out = ph.hue(to_tensor(photo), torch.tensor([shift], dtype=torch.float32))[0]
@@ -85,8 +85,10 @@ def test_hue_agrees_with_colorsys_and_pillow(photo, steps) -> None:
     assert difference.mean() < 1.5 * LEVEL and difference.max() < 12 * LEVEL
 
 
-@pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
-def test_blur_is_the_nine_tap_gaussian(photo, sigma) -> None:
+@pytest.mark.parametrize("block", [1, 16, 56])
+@pytest.mark.parametrize("sigma", [0.1, 0.3, 0.7, 2.0])
+def test_blur_is_the_nine_tap_gaussian(monkeypatch, photo, sigma, block) -> None:
+    monkeypatch.setattr(ph, "BLUR_BLOCK", block)
     kernel = np.exp(-0.5 * (np.arange(-4, 5) / sigma) ** 2)
     kernel /= kernel.sum()
     padded = np.pad(photo / 255.0, ((4, 4), (4, 4), (0, 0)), mode="reflect")
@@ -105,7 +107,7 @@ def test_blur_looks_like_pillows(photo) -> None:
 
 def test_blur_of_an_image_smaller_than_the_kernel() -> None:
     flat = torch.full((1, 3, 3, 4), 0.25)
-    torch.testing.assert_close(ph.blur(flat, torch.tensor([2.0])), flat)
+    torch.testing.assert_close(ph.blur(flat.clone(), torch.tensor([2.0])), flat)
 
 
 def make_batch(photometric: torch.Tensor, channels: int = 3, size: int = 24, seed: int = 0) -> Batch:
@@ -159,6 +161,11 @@ def test_develop_normalises_and_keeps_its_input() -> None:
     mean, std = torch.tensor(cfg.mean).view(3, 1, 1), torch.tensor(cfg.std).view(3, 1, 1)
     torch.testing.assert_close(out, (before / 255 - mean) / std)
     assert torch.equal(batch.global_crops, before)
+
+
+def test_no_local_crops_develop_to_none() -> None:
+    cfg = ph.PhotometricConfig()
+    assert ph.develop(make_batch(draw_many(cfg, 2, locals_=0)), cfg).local_crops.shape == (2, 0, 3, 10, 12)
 
 
 def test_split_batches_develop_to_the_same_crops() -> None:
