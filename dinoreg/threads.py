@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 
-# Turns of a waiting loop, some 0.15 ms. Awake, a thread goes on at once; asleep, it gives its core away. Asleep at once
+# Turns of a waiting loop, some 0.5 ms. Awake, a thread goes on at once; asleep, it gives its core away. Asleep at once
 # costs a fifth of the speed on cores that nobody else wants, awake for ever four fifths where others want them
 # (benchmarks/LOG.md).
-PATIENCE = "3000"
+PATIENCE = "10000"
 
 
 def set_patience() -> None:
