@@ -255,7 +255,8 @@ def main() -> None:
     show(results)
     if args.out:
         machine = describe_machine(Ranks.alone()) | {"pillow": pillow_version, "numpy": np.__version__}
-        args.out.write_text(json.dumps({"machine": machine, "folder": args.images, **results}, indent=1))
+        folder = Path(args.images).name if args.images else None
+        args.out.write_text(json.dumps({"machine": machine, "folder": folder, **results}, indent=1))
 
 
 if __name__ == "__main__":
