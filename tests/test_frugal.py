@@ -150,3 +150,24 @@ def test_a_block_keeps_less_than_a_plain_one() -> None:
         return sum(size for pointer, size in sizes.items() if pointer not in parameters)
 
     assert kept(lambda: block(x, packing, "sdpa")) < 0.8 * kept(lambda: plain_block(block, x, None, packing))
+
+
+@pytest.mark.parametrize("some", [False, True], ids=["all rows", "some rows"])
+def test_a_block_compiles_into_one_graph(some: bool) -> None:
+    """Whole, that is without a break; with dropped rows, and for the last block with the wanted ones."""
+    block = make(replace(SMALL, ffn="swiglu")).double().train().blocks[0]
+    (kept,) = draw_kept_rows(PACKING, [0.5], torch.Generator().manual_seed(3), torch.float64)
+    x = normal(PACKING.tokens, 32).requires_grad_()
+    rows = torch.tensor([0, 5, 6, 21, 37]) if some else None
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(block, backend=backend, fullgraph=True, dynamic=False)
+    leaves = [x, *block.parameters()]
+    ours, plain = compiled(x, PACKING, "sdpa", kept, rows), block(x, PACKING, "sdpa", kept, rows)  # type: ignore[operator]
+    torch.testing.assert_close(ours, plain)
+    same(gradients(ours, leaves), gradients(plain, leaves))
+    assert len(graphs) == 1
