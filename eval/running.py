@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dinoreg.allocator import keep_freed_memory
 from dinoreg.config import ConfigError, load
 from dinoreg.data.workers import choose_workers
 from dinoreg.models.files import FOLDER_FILES
@@ -66,6 +67,8 @@ def run_jobs(asked: Namespace, jobs: Sequence[Job]) -> int:
     configs = [_config(job, quick, alone=len(jobs) == 1) for job in jobs]
     places = [Place.of(job.data) if job.suite.data else Place() for job in jobs]
     ranks = setup_ranks()
+    if ranks.device.type == "cpu":
+        keep_freed_memory()
     try:
         checkpoints = open_checkpoints(asked, alone=len(jobs) == 1)
         for checkpoint in checkpoints:

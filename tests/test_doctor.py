@@ -240,14 +240,23 @@ def change_features(run: Run, networks: list[nn.Module], change: Callable[[Tenso
     def hook(_: nn.Module, __: Any, found: list[Features]) -> list[Features]:
         return [replace(each, cls=change(each.cls), patches=change(each.patches)) for each in found]
 
+    def tokens(original: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+        def changed(*args: Any) -> tuple[Tensor, Tensor]:
+            cls, patches = original(*args)
+            return change(cls), change(patches)
+
+        return changed
+
     for network in networks:
         network.register_forward_hook(hook)
+        network.forward_tokens = tokens(network.forward_tokens)  # type: ignore[assignment]
 
 
 def blind(run: Run) -> None:
     """Both networks get the same image, whatever the crop."""
     for network in run.backbones():
-        network.register_forward_pre_hook(lambda _, args: ([torch.zeros_like(x) for x in args[0]], *args[1:]))
+        original = network.embed
+        network.embed = lambda images, *rest, original=original: original(list(map(torch.zeros_like, images)), *rest)  # type: ignore[assignment]
 
 
 def heat(run: Run) -> None:

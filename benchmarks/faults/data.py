@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.faults.compare import brief, lines_of, one_line, same
 from benchmarks.faults.lab import RECIPE, STEADY, STEPS, Lab, Outcome, Run, Scenario, impossible, judge
-from benchmarks.faults.props import mounting, write_tar
+from benchmarks.faults.props import draw_images, mounting, write_shards, write_tar
 from benchmarks.faults.server import Behaviour, shop
 
 # A batch is a shard then, so that there are shards which nobody has opened yet.
@@ -22,10 +22,12 @@ BY_SHARD = ("data.shuffle_window=1", "data.max_bad_share=0.05")
 
 
 def shards_change(lab: Lab, change: Callable[[Path], object], tries: int = 3) -> Outcome:
-    """One of three shards, not opened before, changes during the run; later it is as it was."""
-    shards = lab.fresh() / "shards"
-    shutil.copytree(lab.sources["shards"], shards)
-    run_dir = lab.fresh() / "run"
+    """A shard that was not opened before changes during the run; later it is as it was."""
+    folder = lab.fresh()
+    intact, shards, run_dir = folder / "intact", folder / "shards", folder / "run"
+    draw_images(folder / "images", 72)  # nine steps, for shards are opened up to two steps before they are read
+    write_shards(folder / "images", intact, 9)
+    shutil.copytree(intact, shards)
     run = lab.start(run_dir, *BY_SHARD, data=shards, inject=STEADY)
     run.until_logged(1)
     victim = _unopened(run, shards)
@@ -34,7 +36,7 @@ def shards_change(lab: Lab, change: Callable[[Path], object], tries: int = 3) ->
     if codes == [0] and tries > 1:  # it had opened the shard by then, and reads what it opened to the end
         return shards_change(lab, change, tries - 1)
     words = run.last_words()
-    shutil.copy(lab.sources["shards"] / victim.name, victim)
+    shutil.copy(intact / victim.name, victim)
     again = lab.run(run_dir, *BY_SHARD, data=shards)
     lines = lines_of(run_dir)
     bad, told = int(lines[-1].get("data/bad", -1)), re.match(r"(\d+) of \d+ samples", words)
@@ -52,7 +54,7 @@ def shards_change(lab: Lab, change: Callable[[Path], object], tries: int = 3) ->
 def _unopened(run: Run, shards: Path) -> Path:
     """A shard that the process has not open."""
     held = {os.readlink(link) for link in Path(f"/proc/{run.processes[0].pid}/fd").iterdir()}  # noqa: PTH115
-    return next(path for path in sorted(shards.glob("*.tar")) if str(path) not in held)
+    return next(path for path in sorted(shards.glob("*.tar"), reverse=True) if str(path) not in held)
 
 
 def replace(shard: Path) -> None:
