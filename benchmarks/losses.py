@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from benchmarks.plain import sinkhorn
 from benchmarks.race import plain, race, show, write
 from dinoreg.losses.distillation import cross_entropy, softmax_rows
 from dinoreg.losses.sinkhorn import sinkhorn_offset
@@ -27,17 +28,6 @@ from dinoreg.parallel.mesh import Ranks, setup_ranks
 LOCALS, ITERATIONS = 8, 3
 TEACHER_T, STUDENT_T = 0.07, 0.1
 MASKED = 40  # patches of an image, of two crops of 196: a half of the crops, 10 to 50 % of each
-
-
-def plain_sinkhorn(logits: Tensor) -> Tensor:
-    """(B, K) -> assignments, the matrix rewritten twice in each iteration."""
-    q = (logits.float() / TEACHER_T).exp().T
-    q = q / q.sum()
-    count, samples = q.shape
-    for _ in range(ITERATIONS):
-        q = q / q.sum(1, keepdim=True) / count
-        q = q / q.sum(0, keepdim=True) / samples
-    return (q * samples).T
 
 
 def our_sinkhorn(logits: Tensor, ranks: Ranks) -> Tensor:
@@ -120,13 +110,13 @@ def main() -> None:
     offset = our_sinkhorn(teacher, ranks)
     targets = (teacher.float() / TEACHER_T + offset).softmax(-1)
     pairs = targets.unflatten(0, (batch, 2))
-    agree(targets, plain_sinkhorn(teacher), "Sinkhorn-Knopp", 1e-3)
+    agree(targets, sinkhorn(teacher.float(), TEACHER_T, ITERATIONS), "Sinkhorn-Knopp", 1e-3)
     agree(our_pairs(student, local, pairs), plain_pairs(student, local, pairs), "pairs of crops", 1e-4)
     agree(our_ibot(masked, seen, offset), plain_ibot(masked, seen, offset), "masked patches", 1e-4)
     both = [student, local]
     races: dict[str, dict[str, Callable[[], Any]]] = {
         f"Sinkhorn-Knopp, {ITERATIONS} iterations, {2 * batch} x {args.prototypes:,}": {
-            "dinoreg": lambda: our_sinkhorn(teacher, ranks), "plain": lambda: plain_sinkhorn(teacher),
+            "dinoreg": lambda: our_sinkhorn(teacher, ranks), "plain": lambda: sinkhorn(teacher.float(), TEACHER_T, ITERATIONS),
         },
         f"{2 + 2 * LOCALS} pairs of crops, forward and backward, {batch} images": {
             "dinoreg": learning(lambda: our_pairs(student, local, pairs), both),
