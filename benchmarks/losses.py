@@ -116,7 +116,8 @@ def main() -> None:
     both = [student, local]
     races: dict[str, dict[str, Callable[[], Any]]] = {
         f"Sinkhorn-Knopp, {ITERATIONS} iterations, {2 * batch} x {args.prototypes:,}": {
-            "dinoreg": lambda: our_sinkhorn(teacher, ranks), "plain": lambda: sinkhorn(teacher.float(), TEACHER_T, ITERATIONS),
+            "dinoreg": lambda: our_sinkhorn(teacher, ranks),
+            "plain": lambda: sinkhorn(teacher.float(), TEACHER_T, ITERATIONS),
         },
         f"{2 + 2 * LOCALS} pairs of crops, forward and backward, {batch} images": {
             "dinoreg": learning(lambda: our_pairs(student, local, pairs), both),
