@@ -66,7 +66,7 @@ def apart(one: dict[str, Tensor], other: dict[str, Tensor], steps: int = STEPS) 
 
 
 def assert_the_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    """Rounding differs, and training magnifies it: 1e-6 in the first steps has become 1e-5 to 1e-4 in the last."""
+    """Rounding differs, and training magnifies it: 1e-6 in the first steps has become 1e-6 to 4e-4 in the last."""
     assert apart(one, other, steps=5) < 2e-5
     assert apart(one, other) < 1e-3
 
@@ -103,8 +103,8 @@ def test_no_lever_bends_the_curve(word: str, alone: Ranks) -> None:
 
 
 @pytest.mark.parametrize("words", [[], ["efficiency.activation_checkpointing=selective"]], ids=["kept", "recomputed"])
-def test_bf16_is_as_close_as_plain_autocast(words: list[str], alone: Ranks) -> None:
-    """Both against the plain step in fp32."""
+def test_bf16_strays_no_further_than_a_few_times_plain_autocast(words: list[str], alone: Ranks) -> None:
+    """Both against the plain step in fp32. Here weights are rounded too, and residuals: 1.5 to 3 times as far."""
     noise = apart(plain_curve(), plain_curve("train.precision=bf16"))
     assert apart(plain_curve(), curve(alone, "train.precision=bf16", *words)) < 3 * noise
 
