@@ -45,6 +45,7 @@ setup(
         "torch>=2.10",
         "numpy",
         "pillow",
+        "simplejpeg",  # decodes ordinary JPEGs in half of Pillow's time
         "omegaconf>=2.4",  # Literal and tuple fields
         "pyyaml",
         "fvcore",

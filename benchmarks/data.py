@@ -34,6 +34,7 @@ from dinoreg.data.batch import Batch
 from dinoreg.data.counter import Purpose, generator
 from dinoreg.data.crops import CropConfig, allowed_shrink, cut, draw_boxes, resize_box
 from dinoreg.data.images import EXTENSIONS, open_picture
+from dinoreg.data.loader import empty_crops
 from dinoreg.data.masks import MaskConfig, draw_masks
 from dinoreg.parallel.mesh import Ranks
 
@@ -111,8 +112,8 @@ PILLOW_JITTER: dict[int, Callable[[Image.Image, float], Image.Image]] = {
 def empty_batch(count: int) -> Batch:
     """Room for the crops of `count` images."""
     return Batch(
-        torch.empty(count, 2, 3, CROPS.global_size, CROPS.global_size, dtype=torch.uint8),
-        torch.empty(count, CROPS.local_count, 3, CROPS.local_size, CROPS.local_size, dtype=torch.uint8),
+        empty_crops(count, 2, CROPS.global_size, 3),
+        empty_crops(count, CROPS.local_count, CROPS.local_size, 3),
         torch.empty(count, 2 + CROPS.local_count, ph.NUM_PARAMETERS),
         torch.empty(count, 2, GRID[0] * GRID[1], dtype=torch.bool),
         torch.arange(count),

@@ -114,6 +114,51 @@ def test_a_shrunk_jpeg_is_the_same_picture(size, shrink) -> None:
     assert np.abs(small.astype(int) - reference).mean() < 2.5
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"subsampling": 0}, {"subsampling": 1}, {"restart_marker_blocks": 3}, "grey"]
+)
+@pytest.mark.parametrize("size", [(300, 200), (61, 39), (9, 17), (1, 1)])
+def test_jpegs_are_bit_for_bit_pillows(options, size) -> None:
+    picture, options = (scene(*size).convert("L"), {}) if options == "grey" else (scene(*size), options)
+    data = encode(picture, "JPEG", quality=80, **options)
+    for shrink in (each for each in (1, 2, 4, 8) if each <= min(size)):
+        opened = open_picture(data)
+        assert im._decode_jpeg(data, opened.content, 3, shrink) is not None
+        theirs = Image.open(io.BytesIO(data))
+        theirs.draft(theirs.mode, (size[0] // shrink, size[1] // shrink))
+        assert np.array_equal(decode(data, shrink=shrink), theirs.convert("RGB"))
+        if picture.mode == "L":
+            assert np.array_equal(decode(data, 1, shrink)[:, :, 0], theirs)
+
+
+def test_what_is_odd_about_a_jpeg_is_left_to_pillow(monkeypatch) -> None:
+    """Damaged, cut and unusual files: the same pixels or the same reason as without the faster decoder."""
+    plain = [encode(scene(60, 40), "JPEG", progressive=progressive) for progressive in (False, True)]
+    files = [encode(scene(60, 40).convert("CMYK"), "JPEG"), *plain]
+    for number in range(300):
+        rng, data = np.random.default_rng(number), bytearray(plain[number % 2])
+        data[rng.integers(len(data))] = rng.integers(256)
+        files.append(bytes(data[: rng.integers(400, len(data))] if number % 3 else data))
+
+    def outcome(data: bytes) -> tuple[str, bytes]:
+        try:
+            return "pixels", decode(data).tobytes()
+        except BadImage as error:
+            return error.reason, b""
+
+    found = [outcome(data) for data in files]
+    monkeypatch.setattr(im, "_decode_jpeg", lambda *_: None)
+    assert found == [outcome(data) for data in files]
+    assert all(kind == "pixels" for kind, _ in found[:3]) and {"pixels", "truncated"} < {kind for kind, _ in found}
+
+
+def test_the_first_of_several_pictures_in_a_jpeg() -> None:
+    """As telephones write them (MPO)."""
+    data = encode(scene(64, 48), "MPO", save_all=True, append_images=[scene(64, 48, seed=1)])
+    assert np.array_equal(decode(data), np.asarray(Image.open(io.BytesIO(data))))
+    assert decode(data, shrink=2).shape == (24, 32, 3)
+
+
 def test_twenty_megapixels_are_decoded_small() -> None:
     data = encode(scene(342, 228).resize((5472, 3648)), "JPEG", quality=60)
     picture = open_picture(data)

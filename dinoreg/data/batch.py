@@ -26,11 +26,12 @@ class BadSample:
 class Batch:
     """The crops of one rank's share of a step, as the workers made them.
 
-    global_crops: uint8 (B, 2, C, Hg, Wg); local_crops: uint8 (B, L, C, Hl, Wl); photometric: float32 (B, 2 + L, P),
-    the columns of `dinoreg.data.photometric`; masks: bool (B, 2, N), True = hidden from the student; positions: int64
-    (B,), the global sample numbers; keys: (shard or folder, key) of each row; shards_done: what of streams is done once
-    this batch is trained on. Only the crops move to the device by `to`: `develop` looks up on the host which
-    rows an operation concerns and which patches are masked, so that the device is never waited for.
+    global_crops: uint8 (B, 2, C, Hg, Wg); local_crops: uint8 (B, L, C, Hl, Wl); both as resizing leaves them, channels
+    of a pixel side by side in memory, but any strides will do; photometric: float32 (B, 2 + L, P), the columns of
+    `dinoreg.data.photometric`; masks: bool (B, 2, N), True = hidden from the student; positions: int64 (B,), the global
+    sample numbers; keys: (shard or folder, key) of each row; shards_done: what of streams is done once this batch is
+    trained on. Only the crops move to the device by `to`: `develop` looks up on the host which rows an operation
+    concerns and which patches are masked, so that the device is never waited for.
     """
 
     global_crops: Tensor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -68,8 +69,8 @@ class BatchMaker(Dataset[Batch]):
         start, share = numbers.start, len(numbers)
         crops, sizes = self.crops, (share, self.crops.local_count)
         batch = Batch(
-            _empty(share, 2, self.channels, crops.global_size, crops.global_size),
-            _empty(*sizes, self.channels, crops.local_size, crops.local_size),
+            empty_crops(share, 2, crops.global_size, self.channels),
+            empty_crops(*sizes, crops.local_size, self.channels),
             torch.empty(share, 2 + crops.local_count, NUM_PARAMETERS),
             torch.from_numpy(draw_masks(self.masks, self.grid, self.batch_size, self.seed, start, share)),
             torch.arange(start, start + share),
@@ -128,13 +129,16 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _empty(*shape: int) -> torch.Tensor:
-    """Uninitialised uint8; in a worker directly in the memory shared with the main process, to save a copy."""
-    tensor = torch.empty(0, dtype=torch.uint8)
-    if get_worker_info() is None:
-        return tensor.new_empty(shape)
-    size = torch.Size(shape).numel()
-    return tensor.set_(torch.UntypedStorage._new_shared(size), 0, shape) if size else tensor.new_empty(shape)  # type: ignore[call-overload]
+def empty_crops(images: int, crops: int, side: int, channels: int) -> torch.Tensor:
+    """Uninitialised uint8 (images, crops, channels, side, side), a pixel's channels side by side in memory.
+
+    In a worker directly in the memory shared with the main process, to save a copy.
+    """
+    shape = (images, crops, side, side, channels)
+    tensor, size = torch.empty(0, dtype=torch.uint8), math.prod(shape)
+    if size and get_worker_info() is not None:
+        tensor.set_(torch.UntypedStorage._new_shared(size), 0, shape)  # type: ignore[call-overload]
+    return tensor.resize_(shape).permute(0, 1, 4, 2, 3)
 
 
 class BatchLoader:

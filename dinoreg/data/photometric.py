@@ -122,8 +122,9 @@ def develop(batch: Batch, cfg: PhotometricConfig) -> Crops:
 
 def _augment(crops: Tensor, parameters: Tensor, cfg: PhotometricConfig) -> Tensor:
     """(b, n, C, H, W) uint8 and (b, n, P) on the host -> (b, n, C, H, W) float32, normalised."""
-    images, values, device = crops.flatten(0, 1), parameters.flatten(0, 1).numpy(), crops.device
-    out = torch.empty(images.shape, dtype=torch.float32, device=device)
+    values, device = parameters.flatten(0, 1).numpy(), crops.device
+    images = crops.permute(0, 1, 3, 4, 2).flatten(0, 1)  # interleaved, as they lie in memory
+    out = torch.empty(crops.flatten(0, 1).shape, dtype=torch.float32, device=device)
     mean, scale = _send(torch.tensor([cfg.mean, [1 / std for std in cfg.std]]), device).view(2, -1, 1, 1)
     # Crops that go through the same operations lie side by side: a slice of them is changed in place, without copies.
     sequence = np.lexsort((_order(values), values[:, SIGMA] > 0))
@@ -133,7 +134,7 @@ def _augment(crops: Tensor, parameters: Tensor, cfg: PhotometricConfig) -> Tenso
     step = len(images) if images.is_cuda else CACHE_BYTES // max(1, 4 * images[:1].numel())
     for start in range(0, len(images), max(1, step)):
         chunk = slice(start, start + max(1, step))
-        some = images.index_select(0, rows[chunk]).to(torch.float32).mul_(1 / 255)
+        some = images.index_select(0, rows[chunk]).permute(0, 3, 1, 2).contiguous().to(torch.float32).mul_(1 / 255)
         for operation, where, chosen in _plan(active[chunk], values[chunk], device):
             if isinstance(where, slice):
                 operation(some[where], chosen)
