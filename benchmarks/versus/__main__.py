@@ -1,15 +1,17 @@
 """dinoreg and lightly-train's DINOv2 side by side: the same network, crops, heads and images, in turn on this machine.
 
     python -m benchmarks.versus --data FOLDER [--precision fp32 bf16] [--rounds 3] [--steps 4] [--out FILE.json]
-    python -m benchmarks.versus --data FOLDER --learn 20 --knn LABELLED_FOLDER
+    python -m benchmarks.versus --data FOLDER --size small --precision bf16 --learn 20 --knn LABELLED_FOLDER
 
 Both are whole trainers, started from the command line with files to read: decoding, cropping, both networks, losses,
 update and moving average are all in a step. The first step of each start is left out. Rounds alternate, so that a
-machine that slows down slows both. lightly-train is installed by `--install` into an environment of its own (`--env`),
-with the build of torch that the package index gives it.
+machine that slows down slows both. lightly-train is installed into an environment of its own (`--env`), with the build
+of torch that the package index gives it.
 
---learn: both train for as many minutes, by the steps that their measured speeds allow, with the same schedule; then
-the k-NN of dinoreg-eval says what was learnt.
+--size: large is ViT-S/14 with crops of 224 and 98 pixels, 65,536 prototypes, 8 images a step; small the network of the
+demo, which learns something within minutes. --learn: both train for as many minutes, by the steps that their measured
+speeds allow, with the same schedules; then the k-NN of dinoreg-eval says what was learnt, and what a network knew that
+had learnt nothing.
 """
 
 from __future__ import annotations
@@ -22,54 +24,19 @@ import subprocess
 import sys
 import tempfile
 import venv
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import describe_machine
+from benchmarks.versus.work import SIZES, Work
 from dinoreg.parallel.mesh import Ranks
 
-Precision = Literal["fp32", "bf16"]
 THEIRS = Path(__file__).with_name("theirs.py")
-PROTOTYPES, LOCALS = 65536, 8
+THEIR_VERSION = "0.18.0"  # of which theirs.py knows the inside
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Work:
-    """What both do. images: in the data folder, of which an epoch is made."""
-
-    data: Path
-    batch: int
-    precision: Precision
-    images: int
-
-    def ours(self, steps: int, run: Path) -> dict[str, Any]:
-        """The arguments of benchmarks.versus.ours."""
-        words = {
-            "run_dir": run, "data.sources": self.data, "data.workers": 0, "train.batch_size": self.batch,
-            "train.steps": steps, "train.images": "null", "train.precision": self.precision, "checkpoint.every": steps,
-            "model.num_registers": 4, "objective.dino.head.prototypes": PROTOTYPES, "objective.koleo.group": 0,
-            "objective.targets.centering": "centering", "crops.local_count": LOCALS, "monitor.every": steps,
-            "tracking.pictures_every": 0, "tracking.wandb": "disabled",
-        }  # fmt: skip
-        return {"recipe": "vits14_in1k", "words": [f"{key}={value}" for key, value in words.items()]}
-
-    def theirs(self, steps: int, out: Path, export: Path | None) -> dict[str, Any]:
-        """The arguments of theirs.py: what their defaults leave different from ours, made alike."""
-        epochs = max(1, -(-steps * self.batch // self.images))
-        return {
-            "data": str(self.data), "out": str(out), "export": str(export or ""), "workers": 0,
-            "epochs": epochs, "steps": -(-steps // epochs), "batch": self.batch,
-            "precision": {"fp32": "32-true", "bf16": "bf16-mixed"}[self.precision],
-            "method": {"output_dim": PROTOTYPES, "warmup_steps": max(1, steps // 10), "layerwise_decay": 1.0,
-                       "teacher_temp_warmup_steps": max(1, 3 * steps // 10), "momentum_start": 0.994,
-                       "student_freeze_last_layer_steps": steps // 100},
-            "optim": {"lr": 2e-3}, "model": {}, "transform": {},
-        }  # fmt: skip
 
 
 def measure(command: list[str], threads: int) -> dict[str, Any]:
@@ -122,33 +89,24 @@ def speeds(duel: Duel, rounds: int, steps: int, console: Console) -> dict[str, A
             "times_less_memory": ratios["peak"]}  # fmt: skip
 
 
-def learn(duel: Duel, minutes: float, speed: dict[str, Any], knn: Path, console: Console) -> dict[str, Any]:
-    """The k-NN accuracy of both after the same time."""
+def learn(duel: Duel, minutes: float, speed: dict[str, Any], knn: list[str], console: Console) -> dict[str, Any]:
+    """The k-NN accuracy of both after the same time, and before."""
     steps = {name: max(2, int(60 * minutes / speed[name]["seconds"])) for name in ("ours", "theirs")}
-    exported = duel.folder / "theirs.pt"
-    weights = {"ours": Path(duel.ours(steps["ours"])["weights"])}
-    duel.theirs(steps["theirs"], exported)
-    weights["theirs"] = exported
+    weights = {name: duel.folder / f"{name}.pt" for name in ("untrained", "theirs")}
+    duel.theirs(1, weights["untrained"])
+    runs = {"ours": duel.ours(steps["ours"]), "theirs": duel.theirs(steps["theirs"], weights["theirs"])}
+    weights["ours"] = Path(runs["ours"]["weights"])
     scores = {name: _knn(path, knn, duel.folder / f"knn_{name}") for name, path in weights.items()}
-    for name, score in scores.items():
-        console.print(f"{name}: {steps[name]} steps in {minutes:g} minutes, k-NN {score:.1f} %")
-    return {"minutes": minutes, "steps": steps, "knn": scores, "data": str(knn.name)}
+    took = {name: sum(run["seconds"]) / 60 for name, run in runs.items()}
+    console.print(f"untrained: k-NN {scores['untrained']:.1f} %")
+    for name in runs:
+        console.print(f"{name}: {steps[name]} steps in {took[name]:.1f} minutes, k-NN {scores[name]:.1f} %")
+    return {"minutes": minutes, "took": took, "steps": steps, "knn": scores, "data": [Path(each).name for each in knn]}
 
 
-def _knn(weights: Path, data: Path, output: Path) -> float:
-    command = [
-        sys.executable,
-        "-m",
-        "eval",
-        "knn",
-        "--weights",
-        str(weights),
-        "--data",
-        str(data),
-        "--output",
-        str(output),
-    ]
-    subprocess.run(command, check=True, capture_output=True)
+def _knn(weights: Path, data: list[str], output: Path) -> float:
+    where = ["--weights", str(weights), "--output", str(output), "--data", *data]
+    subprocess.run([sys.executable, "-m", "eval", "knn", *where], check=True, capture_output=True)
     return float(json.loads((output / "results.json").read_text())["scores"]["top1"]["value"])
 
 
@@ -162,7 +120,8 @@ def install(env: Path, console: Console) -> Path:
     if not python.exists():
         console.print(f"installing lightly-train into {env} (some 6 GB)")
         venv.create(env, with_pip=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", "lightly-train"], check=True)
+        package = f"lightly-train=={THEIR_VERSION}"
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", package], check=True)
     return python
 
 
@@ -190,32 +149,34 @@ def show(results: list[dict[str, Any]], console: Console) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.versus", description="dinoreg beside lightly-train's DINOv2.")
     parser.add_argument("--data", type=Path, required=True, help="a folder of images")
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--size", choices=tuple(SIZES), default="large")
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4, help="timed in each start")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--learn", type=float, default=0.0, metavar="MINUTES", help="train both for as long, then k-NN")
-    parser.add_argument("--knn", type=Path, help="labelled images for it")
+    parser.add_argument("--knn", nargs="+", metavar="DATA", help="for it: a labelled folder; or train=DATA test=DATA")
     parser.add_argument("--env", type=Path, default=Path.home() / ".cache" / "dinoreg" / "versus")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     args = parser.parse_args()
     if args.learn and not args.knn:
-        parser.error("--learn wants --knn FOLDER")
+        parser.error("--learn wants --knn DATA")
     console = Console()
     python = install(args.env, console)
     results = []
     images = sum(1 for path in args.data.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
     for precision in args.precision:
         with tempfile.TemporaryDirectory() as folder:
-            duel = Duel(Work(args.data.absolute(), args.batch, precision, images), python, args.threads, Path(folder))
+            duel = Duel(Work(args.data.absolute(), args.size, precision, images), python, args.threads, Path(folder))
             result = speeds(duel, args.rounds, args.steps, console)
             if args.learn:
                 result["learnt"] = learn(duel, args.learn, result, args.knn, console)
             results.append(result)
     show(results, console)
     if args.out:
-        args.out.write_text(json.dumps({"machine": describe_machine(Ranks.alone()), "results": results}, indent=1))
+        args.out.write_text(
+            json.dumps({"machine": describe_machine(Ranks.alone()), "size": args.size, "results": results}, indent=1)
+        )
 
 
 if __name__ == "__main__":

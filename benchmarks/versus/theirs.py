@@ -13,6 +13,7 @@ import os
 import resource
 import sys
 import time
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -25,6 +26,9 @@ def main() -> None:
     import lightly_train
     import pytorch_lightning
     import torch
+    from lightly_train._models.dinov2_vit.dinov2_vit_src.layers import MemEffAttention
+    from lightly_train._models.dinov2_vit.dinov2_vit_src.layers import NestedTensorBlock as Block
+    from lightly_train._models.dinov2_vit.dinov2_vit_src.models.vision_transformer import DinoVisionTransformer
 
     class Clock(pytorch_lightning.Callback):
         """Notes when the training begins and when each step ends."""
@@ -43,12 +47,14 @@ def main() -> None:
         plain(self, *args, **kwargs)
 
     pytorch_lightning.Trainer.__init__ = timed
+    torch.manual_seed(0)
+    network = DinoVisionTransformer(block_fn=partial(Block, attn_class=MemEffAttention), **asked["network"])
     lightly_train.pretrain(
         out=asked["out"], data=asked["data"], overwrite=True, num_workers=asked["workers"],
         accelerator="cpu", devices=1,
-        model="dinov2/vits14-notpretrained", method="dinov2", method_args=asked["method"], optim_args=asked["optim"],
-        batch_size=asked["batch"], precision=asked["precision"], seed=0, model_args=asked["model"],
-        transform_args=asked["transform"] or None,
+        model=network, method="dinov2", method_args=asked["method"], optim_args=asked["optim"],
+        batch_size=asked["batch"], precision=asked["precision"], seed=0,
+        transform_args=asked["transform"],
         epochs=asked["epochs"], trainer_args={"limit_train_batches": asked["steps"]},
     )  # fmt: skip
     if asked["export"]:
