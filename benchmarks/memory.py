@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import warnings
 import weakref
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +20,19 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.fake import STEPS, fake_step, load_recipe
 from benchmarks.machine import GIB, describe_machine
-from benchmarks.plain import PlainStep
-from benchmarks.step import describe_recipe, values_of
-from dinoreg.config import ConfigError, load
-from dinoreg.data.batch import Crops
-from dinoreg.data.masks import draw_masks
-from dinoreg.objectives.self_distillation import SelfDistillation
+from benchmarks.step import describe_recipe
+from dinoreg.config import ConfigError
 from dinoreg.parallel.mesh import Ranks, setup_ranks
-from dinoreg.parallel.shard import parallelize
-from dinoreg.train.guard import Guard
-from dinoreg.train.optimizer import Optimizer
 from dinoreg.train.recipe import RunConfig
 
 SIDES = ("plain", "none", "selective", "full")  # the plain step, and dinoreg's by what is recomputed
-STEPS = 2  # the optimizer's moments are there from the second on
 
 
 class Living(TorchDispatchMode):
@@ -93,54 +83,11 @@ class Living(TorchDispatchMode):
 
 def count(cfg: RunConfig, side: str, ranks: Ranks) -> dict[str, float]:
     """Bytes: "held" between steps, and at the "peak"."""
-    masks = _masks(cfg)
-    masked_index = masks.flatten().nonzero()[:, 0]
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, Living() as living:
-        crops = _crops(cfg, fake.from_tensor(masks), fake.from_tensor(masked_index))
-        step = (_plain if side == "plain" else _ours)(cfg, side, ranks, crops)
+    with Living() as living, fake_step(cfg, side, ranks) as step:
         for _ in range(STEPS):
             living.most = 0
             step()
         return {"held": float(living.now), "peak": float(living.most)}
-
-
-def _ours(cfg: RunConfig, side: str, ranks: Ranks, crops: Crops) -> Callable[[], Any]:
-    objective = _objective(cfg, ranks)
-    efficiency = replace(cfg.efficiency, activation_checkpointing=side)  # type: ignore[arg-type]
-    with unset_fake_temporarily():  # the mesh of processes is a real tensor, whose values are read
-        parallelize(objective.student, objective.teacher, efficiency, "bf16", ranks)
-    guard, optimizer, values = Guard(ranks), Optimizer(objective.student, cfg.optim), values_of(cfg)
-
-    def step() -> None:
-        optimizer.set_values(values)
-        metrics, _ = objective.forward_backward([crops], teacher_temperature=values.teacher_temperature, seed=0)
-        skip = guard(metrics | optimizer.clip())
-        optimizer.step(skip)
-        objective.update_teacher(values.teacher_momentum, skip)
-
-    return step
-
-
-def _plain(cfg: RunConfig, _: str, ranks: Ranks, crops: Crops) -> Callable[[], Any]:
-    plain, values = PlainStep(cfg, _objective(cfg, ranks)), values_of(cfg)
-    return lambda: plain.step(crops, values)
-
-
-def _objective(cfg: RunConfig, ranks: Ranks) -> SelfDistillation:
-    """Without values: nothing has any."""
-    return SelfDistillation(cfg.objective, cfg.model, ranks, attention="sdpa")
-
-
-def _masks(cfg: RunConfig) -> torch.Tensor:
-    side, images = cfg.crops.global_size // cfg.model.patch_size, cfg.train.batch_size
-    return torch.from_numpy(draw_masks(cfg.masks, (side, side), images, cfg.seed, 0, images))
-
-
-def _crops(cfg: RunConfig, masks: torch.Tensor, index: torch.Tensor) -> Crops:
-    images, channels, crops = cfg.train.batch_size, cfg.model.in_channels, cfg.crops
-    large = torch.empty(images, 2, channels, crops.global_size, crops.global_size)
-    small = torch.empty(images, crops.local_count, channels, crops.local_size, crops.local_size)
-    return Crops(large, small, masks, index)
 
 
 def show(found: dict[str, dict[str, float]], console: Console) -> None:
@@ -162,12 +109,10 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     args = parser.parse_intermixed_args()
-    base = ["data.sources=[synthetic]", "objective.koleo.group=0", "train.precision=bf16", *args.overrides]
     try:
-        cfg = load(RunConfig, args.recipe, base)
+        cfg = load_recipe(args.recipe, args.overrides)
     except ConfigError as error:
         raise SystemExit(f"benchmarks.memory: {error}") from None
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     ranks, console = setup_ranks(), Console()
     found = {side: count(cfg, side, ranks) for side in track(SIDES, "counting")}
     console.print(f"{args.recipe}: {cfg.model.arch}/{cfg.model.patch_size}, batch {cfg.train.batch_size}, bf16")
