@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from test_model import SMALL, images, make
 from torch import Tensor, nn
 
-from dinoreg.models.frugal import add_rows, linear_of
+from dinoreg.models.frugal import Linear, add_rows, linear_of
 from dinoreg.models.layers import Block, SwiGLU
 from dinoreg.models.packing import KeptRows, Packing, draw_kept_rows
 from dinoreg.models.vit import VisionTransformer
+from dinoreg.parallel.shard import checkpoint_blocks
 
 PACKING = Packing.of([(4, 5), (6, 3)])
 MAKERS: dict[str, Callable[[Tensor], Tensor] | None] = {
@@ -42,7 +43,7 @@ def same(one: list[Tensor], other: list[Tensor]) -> None:
 def test_linear_of(kind: str, gained: bool, bias: bool) -> None:
     make_ = MAKERS[kind]
     x, gain = normal(7, 12).requires_grad_(), normal(5, seed=1).requires_grad_()
-    layer = nn.Linear(6 if kind == "swiglu" else 12, 5, bias=bias).double()
+    layer = Linear(6 if kind == "swiglu" else 12, 5, bias=bias).double()
     own = list(make_.parameters()) if isinstance(make_, nn.Module) else []
     leaves = [x, *layer.parameters(), *own, *([gain] if gained else [])]
     made = x if make_ is None else make_(x)
@@ -53,7 +54,7 @@ def test_linear_of(kind: str, gained: bool, bias: bool) -> None:
 
 
 def test_frozen_weights_and_inputs_get_no_gradient() -> None:
-    layer, norm = nn.Linear(12, 5).double().requires_grad_(False), nn.LayerNorm(12).double()
+    layer, norm = Linear(12, 5).double().requires_grad_(False), nn.LayerNorm(12).double()
     x = normal(7, 12).requires_grad_()
     norm.bias.requires_grad_(False)
     same(gradients(linear_of(norm, x, layer), [x, norm.weight]), gradients(layer(norm(x)), [x, norm.weight]))
@@ -152,10 +153,13 @@ def test_a_block_keeps_less_than_a_plain_one() -> None:
     assert kept(lambda: block(x, packing, "sdpa")) < 0.75 * kept(lambda: plain_block(block, x, None, packing))
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
 @pytest.mark.parametrize("some", [False, True], ids=["all rows", "some rows"])
-def test_a_block_compiles_into_one_graph(some: bool) -> None:
-    """Whole, that is without a break; with dropped rows, and for the last block with the wanted ones."""
-    block = make(replace(SMALL, ffn="swiglu")).double().train().blocks[0]
+def test_a_block_compiles_into_one_graph(some: bool, checkpointing: str) -> None:
+    """Whole, without a break; with dropped rows, for the last block with the wanted ones, and where it runs again."""
+    model = make(replace(SMALL, ffn="swiglu")).double().train()
+    checkpoint_blocks(model, checkpointing)
+    block = model.blocks[0]
     (kept,) = draw_kept_rows(PACKING, [0.5], torch.Generator().manual_seed(3), torch.float64)
     x = normal(PACKING.tokens, 32).requires_grad_()
     rows = torch.tensor([0, 5, 6, 21, 37]) if some else None

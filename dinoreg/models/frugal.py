@@ -16,9 +16,19 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 Make = Callable[[Tensor], Tensor]
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-def linear_of(make: Make | None, x: Tensor, layer: nn.Linear, gain: Tensor | None = None) -> Tensor:
+class Linear(nn.Linear):
+    """A linear layer whose matrix product may be replaced by another one, such as that of float8.py."""
+
+    product: Product = staticmethod(F.linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self.weight, self.bias)
+
+
+def linear_of(make: Make | None, x: Tensor, layer: Linear, gain: Tensor | None = None) -> Tensor:
     """gain * layer(make(x)), row by row, keeping x and not make(x). make: pointwise on rows; None is the identity.
 
     The gain (out,) multiplies the weights and not the many rows: LayerScale then costs no pass over the tokens, and
@@ -29,9 +39,9 @@ def linear_of(make: Make | None, x: Tensor, layer: nn.Linear, gain: Tensor | Non
         return made if gain is None else made * gain
     # The compiler decides by itself what to make again, and under autocast the dtypes of the two passes would differ.
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
-        return F.linear(x if make is None else make(x), *_scaled(layer.weight, layer.bias, gain))
+        return layer.product(x if make is None else make(x), *_scaled(layer.weight, layer.bias, gain))
     parameters = tuple(make.parameters()) if isinstance(make, nn.Module) else ()
-    return _LinearOf.apply(make, x, layer.weight, layer.bias, gain, *parameters)
+    return _LinearOf.apply(layer.product, make, x, layer.weight, layer.bias, gain, *parameters)
 
 
 def _scaled(weight: Tensor, bias: Tensor | None, gain: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -44,6 +54,7 @@ class _LinearOf(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        product: Product,
         make: Make | None,
         x: Tensor,
         weight: Tensor,
@@ -52,16 +63,16 @@ class _LinearOf(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         """parameters: those of `make`, so that their gradients have somewhere to go."""
-        ctx.make = make
+        ctx.product, ctx.make = product, make
         ctx.save_for_backward(x, weight, bias, gain, *parameters)
-        return F.linear(x if make is None else make(x), *_scaled(weight, bias, gain))
+        return product(x if make is None else make(x), *_scaled(weight, bias, gain))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, gain, *parameters = ctx.saved_tensors
-        _, for_x, for_weight, for_bias, for_gain, *for_parameters = ctx.needs_input_grad
-        inner = grad @ _scaled(weight, None, gain)[0] if for_x or any(for_parameters) else None
+        _, _, for_x, for_weight, for_bias, for_gain, *for_parameters = ctx.needs_input_grad
+        inner = ctx.product(grad, _scaled(weight, None, gain)[0].T, None) if for_x or any(for_parameters) else None
         made, found = _again(
             ctx.make, x, inner, [p for p, needed in zip(parameters, for_parameters, strict=True) if needed]
         )
@@ -75,7 +86,7 @@ class _LinearOf(torch.autograd.Function):
             by_weight = None if by_weight is None else by_weight.mul_(gain[:, None])
             by_bias = None if by_bias is None else by_bias * gain
         rest = iter(found[1:])
-        return None, found[0], by_weight, by_bias, by_gain, *(next(rest) if each else None for each in for_parameters)
+        return None, None, found[0], by_weight, by_bias, by_gain, *(next(rest) if p else None for p in for_parameters)
 
 
 def _again(

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinoreg.models.attention import attend
-from dinoreg.models.frugal import add_rows, linear_of
+from dinoreg.models.frugal import Linear, add_rows, linear_of
 from dinoreg.models.packing import KeptRows, Packing
 from dinoreg.models.rotary import rotate
 
@@ -25,8 +25,8 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def query_key_value(
         self, x: Tensor, packing: Packing, norm: nn.Module | None = None
@@ -61,8 +61,8 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int, quick: bool = False) -> None:
         super().__init__()
         self.activation = quick_gelu if quick else F.gelu
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor, norm: nn.Module | None = None, gain: Tensor | None = None) -> Tensor:
         """x (T, D), through `norm` first -> (T, D), each channel times `gain` (D,), where these are given."""
@@ -78,8 +78,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.w12 = nn.Linear(dim, 2 * hidden)
-        self.w3 = nn.Linear(hidden, dim)
+        self.w12 = Linear(dim, 2 * hidden)
+        self.w3 = Linear(hidden, dim)
 
     @staticmethod
     def hidden_size(mlp_hidden: int) -> int:

@@ -11,6 +11,7 @@ from torch import nn
 from dinoreg.data.loader import BatchLoader, build_loader
 from dinoreg.data.masks import MaskConfig
 from dinoreg.data.sources import Sources
+from dinoreg.models.float8 import use_float8
 from dinoreg.models.vit import VisionTransformer
 from dinoreg.models.weights import initialise
 from dinoreg.objectives.self_distillation import SelfDistillation
@@ -47,6 +48,8 @@ def build_objective(cfg: RunConfig, ranks: Ranks, from_weights: bool = True) -> 
             logger.info(str(report))
     _check_filled(objective)
     precision = resolve_precision(cfg.train.precision, ranks.device)
+    if cfg.efficiency.fp8:
+        use_float8(objective, precision, ranks.device)
     parallelize(objective.student, objective.teacher, cfg.efficiency, precision, ranks)
     return objective.to(ranks.device)
 

@@ -41,7 +41,11 @@ _PEAKS = (
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's bf16 peak in operations a second, or None where unknown (CPUs: it depends on too much)."""
+    """The device's bf16 peak in operations a second, or None where unknown (CPUs: it depends on too much).
+
+    A run with `efficiency.fp8` is held against it too, although its blocks could reach twice as much: utilisations stay
+    comparable, show what float8 gained, and may exceed 1.
+    """
     if device.type != "cuda":
         return None
     return peak_of(torch.cuda.get_device_name(device))

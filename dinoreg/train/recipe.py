@@ -11,6 +11,7 @@ from dinoreg.data.crops import CropConfig
 from dinoreg.data.masks import MaskConfig, block_counts, block_size
 from dinoreg.data.photometric import PhotometricConfig
 from dinoreg.data.sources import DataConfig
+from dinoreg.models.float8 import MULTIPLE
 from dinoreg.models.vit import ModelConfig
 from dinoreg.objectives.self_distillation import ObjectiveConfig
 from dinoreg.parallel.precision import Precision
@@ -86,6 +87,7 @@ class RunConfig:
         _check_bounds(self)
         _check_images(self)
         _check_objective(self)
+        _check_efficiency(self)
         _check_lengths(self)
 
 
@@ -201,6 +203,15 @@ def _check_objective(config: RunConfig) -> None:
             raise ConfigError("1 image has no neighbours; or set objective.koleo.weight=0", key="objective.koleo.group")
         if batch % group:
             raise ConfigError(f"{group} does not divide train.batch_size {batch}", key="objective.koleo.group")
+
+
+def _check_efficiency(config: RunConfig) -> None:
+    dim, hidden = config.model.size.embed_dim, config.model.ffn_hidden
+    if config.efficiency.fp8 and (dim % MULTIPLE or hidden % MULTIPLE):
+        raise ConfigError(
+            f"widths must be multiples of {MULTIPLE}: model.embed_dim is {dim}, model.ffn_width {hidden}",
+            key="efficiency.fp8",
+        )
 
 
 def _check_lengths(config: RunConfig) -> None:
