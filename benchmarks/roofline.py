@@ -7,7 +7,7 @@ An operation takes as long as its arithmetic at the rate that kernels of its kin
 read and write, whichever is longer, and a launch. "Compiled" makes one kernel of each run of operations between two
 products of a block: it reads once what comes from elsewhere, and writes once what is wanted later. No compiler is as
 good: sums over rows, such as a bias's gradient, want kernels of their own. "Losses too" treats the pieces of logits in
-the same way, each by itself, which dinoreg does not do yet.
+the same way, each by itself. `efficiency.compile` asks for both.
 
 A bound, not a measurement. Left out are photometrics, and the host, which has to issue the launches meanwhile. Caches
 are not modelled, for an H200's is hardly faster than its memory.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,11 +27,31 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def scaled(logits: Tensor, temperature: float, offset: Tensor | None = None) -> Tensor:
-    """logits (n, K) / temperature + offset (K,), always a new tensor, in at least fp32.
+def scaling(logits: Tensor, temperature: float, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """1 / temperature () and the offset (K,), or zeros, for `scaled`; in at least fp32.
 
-    Type promotion by the offset makes conversion and division one kernel.
+    Tensors, for the compiler would write new code for each new number.
     """
-    if offset is None:
-        offset = torch.zeros(logits.shape[-1], dtype=wide(logits.dtype), device=logits.device)
-    return torch.add(offset, logits, alpha=1 / temperature)
+    scale = torch.full((), 1 / temperature, dtype=wide(logits.dtype), device=logits.device)
+    return scale, scale.new_zeros(logits.shape[-1]) if offset is None else offset
+
+
+def scaled(logits: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """logits (n, K) * scale () + offset (K,), always a new tensor, in at least fp32.
+
+    Type promotion by the offset makes conversion and product one kernel.
+    """
+    return torch.addcmul(offset, logits, scale)
+
+
+Work = TypeVar("Work", bound=Callable[..., object])
+
+
+def compiled(work: Work, wanted: bool) -> Work:
+    """`work` on a piece of any number of rows, made one kernel or two by torch.compile where that is `wanted`."""
+    return _compiled(work) if wanted else work  # type: ignore[return-value]
+
+
+@cache
+def _compiled(work: Callable[..., object]) -> Callable[..., object]:
+    return torch.compile(work, dynamic=True)

@@ -9,15 +9,20 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dinoreg.chunks import row_chunks, scaled, wide
+from dinoreg.chunks import compiled, row_chunks, scaled, scaling, wide
 
 # Target distributions of rows start .. stop - 1: (stop - start, K), each summing to 1, in at least fp32.
 Rows = Callable[[int, int], Tensor]
 
 
-def softmax_rows(logits: Tensor, offset: Tensor, temperature: float) -> Rows:
+def softmax_rows(logits: Tensor, offset: Tensor, temperature: float, compile: bool = False) -> Rows:
     """softmax(logits / temperature + offset) of logits (n, K), made as it is asked for and never kept."""
-    return lambda start, stop: scaled(logits[start:stop], temperature, offset).softmax(dim=-1)
+    assign, scale = compiled(_assign, compile), scaling(logits, temperature, offset)
+    return lambda start, stop: assign(logits[start:stop], *scale)
+
+
+def _assign(logits: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    return scaled(logits, scale, offset).softmax(dim=-1)
 
 
 def table_rows(table: Tensor, repeats: int = 1) -> Rows:
@@ -27,7 +32,9 @@ def table_rows(table: Tensor, repeats: int = 1) -> Rows:
     return lambda start, stop: table[torch.arange(start, stop, device=table.device) // repeats]
 
 
-def cross_entropy(logits: Tensor, targets: Sequence[tuple[int, Rows]], temperature: float) -> Tensor:
+def cross_entropy(
+    logits: Tensor, targets: Sequence[tuple[int, Rows]], temperature: float, compile: bool = False
+) -> Tensor:
     """H(target, softmax(logits / temperature)) of each row, in nats, computed in at least fp32.
 
     Only `logits` is differentiated, and where it is, its memory is used up: the gradient is made together with the
@@ -38,6 +45,7 @@ def cross_entropy(logits: Tensor, targets: Sequence[tuple[int, Rows]], temperatu
     Args:
         logits: (n, K) of the student, any float dtype; its gradient comes in the same.
         targets: (number of rows, their targets) for consecutive stretches that make up all n rows.
+        compile: by torch.compile; the same but for rounding.
 
     Returns:
         (n,)
@@ -45,35 +53,43 @@ def cross_entropy(logits: Tensor, targets: Sequence[tuple[int, Rows]], temperatu
     covered = sum(count for count, _ in targets)
     if covered != len(logits):
         raise ValueError(f"targets for {covered} rows, but logits for {len(logits)}")
-    return _CrossEntropy.apply(logits, targets, temperature)
+    return _CrossEntropy.apply(logits, targets, temperature, compile)
 
 
 class _CrossEntropy(torch.autograd.Function):
     """Wide numbers exist piece by piece; what is kept for the backward pass is the gradient itself."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Sequence[tuple[int, Rows]], temperature: float) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, targets: Sequence[tuple[int, Rows]], temperature: float, compile: bool
+    ) -> Tensor:
         loss = torch.empty(len(logits), dtype=wide(logits.dtype), device=logits.device)
+        compare, scale = compiled(_compare_, compile), scaling(logits, temperature)
         for start, stop, target in _pieces(targets, logits):
-            z = scaled(logits[start:stop], temperature)
-            agreement = torch.linalg.vecdot(z, target)
-            top = z.amax(-1, keepdim=True)
-            total = z.sub_(top).exp_().sum(-1, keepdim=True)
-            loss[start:stop] = (top + total.log())[:, 0] - agreement
-            if ctx.needs_input_grad[0]:
-                logits[start:stop] = z.div_(total).sub_(target)
+            loss[start:stop] = compare(logits[start:stop], target, *scale, ctx.needs_input_grad[0])
         ctx.save_for_backward(logits)
         ctx.temperature = temperature
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (excess,) = ctx.saved_tensors  # softmax - target
         scale = (grad / ctx.temperature)[:, None]
         for start, stop in row_chunks(excess):
             excess[start:stop].mul_(scale[start:stop])  # in fp32, which a bf16 factor of a whole row would not be
-        return excess, None, None
+        return excess, None, None, None
+
+
+def _compare_(logits: Tensor, target: Tensor, scale: Tensor, offset: Tensor, learn: bool) -> Tensor:
+    """The cross-entropies (n,) of a piece; to learn by them, softmax - target takes the place of the logits."""
+    z = scaled(logits, scale, offset)
+    agreement = torch.linalg.vecdot(z, target)
+    top = z.amax(-1, keepdim=True)
+    total = z.sub_(top).exp_().sum(-1, keepdim=True)
+    if learn:
+        logits.copy_(z.div_(total).sub_(target))
+    return (top + total.log())[:, 0] - agreement
 
 
 def _pieces(targets: Sequence[tuple[int, Rows]], logits: Tensor) -> Iterator[tuple[int, int, Tensor]]:

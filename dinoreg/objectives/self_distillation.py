@@ -94,9 +94,12 @@ class SelfDistillation(nn.Module):
     student: HeadedBackbone
     teacher: HeadedBackbone
 
-    def __init__(self, cfg: ObjectiveConfig, model: ModelConfig, ranks: Ranks, attention: str = "auto") -> None:
+    def __init__(
+        self, cfg: ObjectiveConfig, model: ModelConfig, ranks: Ranks, attention: str = "auto", compile: bool = False
+    ) -> None:
+        """compile: what is done to logits, piece by piece; `parallelize` compiles the blocks."""
         super().__init__()
-        self.cfg, self.ranks = cfg, ranks
+        self.cfg, self.ranks, self.compiled = cfg, ranks, compile
         terms = [term for term, weight in (("dino", cfg.dino.weight), ("ibot", cfg.ibot.weight)) if weight > 0]
         by_head = {f"{term}_head": [term] for term in terms} if cfg.ibot.separate_head else {"dino_head": terms}
         heads = {head: cfg.ibot.head if head == "ibot_head" else cfg.dino.head for head in by_head}
@@ -104,7 +107,7 @@ class SelfDistillation(nn.Module):
         self.teacher = HeadedBackbone(model, heads, by_head, attention=attention, drop_path=False)
         self.teacher.requires_grad_(False)
         self.targets = Targets(
-            cfg.targets, {term: heads[head].prototypes for term, head in self.student.head_of.items()}, ranks
+            cfg.targets, {term: heads[head].prototypes for term, head in self.student.head_of.items()}, ranks, compile
         )
         self.train()
 
@@ -238,7 +241,8 @@ class SelfDistillation(nn.Module):
         entropies: dict[str, Tensor] = {}
         for head, terms in self.student.terms_by_head.items():
             wanted = {name: rows for term in terms for name, rows in assigned[term].items()}
-            entropy = cross_entropy(logits[head], list(wanted.values()), self.cfg.targets.student_temperature)
+            temperature = self.cfg.targets.student_temperature
+            entropy = cross_entropy(logits[head], list(wanted.values()), temperature, self.compiled)
             entropies.update(zip(wanted, entropy.split([count for count, _ in wanted.values()]), strict=True))
         return entropies
 

@@ -34,9 +34,9 @@ class Targets(nn.Module):
     Centers are buffers, so that checkpoints hold them.
     """
 
-    def __init__(self, cfg: TargetConfig, prototypes: Mapping[str, int], ranks: Ranks) -> None:
+    def __init__(self, cfg: TargetConfig, prototypes: Mapping[str, int], ranks: Ranks, compile: bool = False) -> None:
         super().__init__()
-        self.cfg, self.ranks, self.prototypes = cfg, ranks, dict(prototypes)
+        self.cfg, self.ranks, self.prototypes, self.compiled = cfg, ranks, dict(prototypes), compile
         self._before: dict[str, Tensor] = {}  # centers as they were before the step
         if cfg.centering == "centering":
             for term, count in prototypes.items():
@@ -49,7 +49,7 @@ class Targets(nn.Module):
     def forward(self, tiles: Mapping[str, Sequence[Tile]], temperature: float) -> BalancedTargets:
         """Targets from the teacher's logits: for each term ("dino", "ibot") one tile a part. Moves the centers on."""
         offsets = {term: self._offset(term, tiles[term], temperature) for term in tiles}
-        return BalancedTargets(tiles, offsets, temperature)
+        return BalancedTargets(tiles, offsets, temperature, self.compiled)
 
     @torch.no_grad()
     def take_back(self, skip: Tensor) -> None:
@@ -60,7 +60,7 @@ class Targets(nn.Module):
 
     def _offset(self, term: str, tiles: Sequence[Tile], temperature: float) -> Tensor:
         if self.cfg.centering == "sinkhorn":
-            return sinkhorn_offset(tiles, temperature, self.cfg.sinkhorn_iterations, self.ranks)
+            return sinkhorn_offset(tiles, temperature, self.cfg.sinkhorn_iterations, self.ranks, self.compiled)
         center = self.get_buffer(f"{term}_center")
         self._before[f"{term}_center"] = center.clone()
         offset = centering_offset(center, temperature)
@@ -79,6 +79,7 @@ class BalancedTargets:
     tiles: Mapping[str, Sequence[Tile]]
     offsets: Mapping[str, Tensor]
     temperature: float
+    compiled: bool
 
     @torch.no_grad()
     def assign(self, part: int, local_count: int) -> dict[str, Assignments]:
@@ -97,7 +98,7 @@ class BalancedTargets:
 
     def _rows(self, term: str, part: int) -> tuple[int, Rows]:
         logits = read_tile(self.tiles[term][part])
-        return len(logits), softmax_rows(logits, self.offsets[term], self.temperature)
+        return len(logits), softmax_rows(logits, self.offsets[term], self.temperature, self.compiled)
 
 
 def class_token_assignments(targets: Tensor, local_count: int) -> Assignments:

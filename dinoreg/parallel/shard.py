@@ -28,7 +28,7 @@ class EfficiencyConfig:
     # Free gathered weights between forward and backward: less memory, one more gather. null: of large networks only.
     reshard: bool | None = None
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    compile: bool = False  # torch.compile each block
+    compile: bool = False  # torch.compile each block, and what the losses do to logits
     # Multiply in float8 in the blocks: coarser rounding, faster where wide (g/14 and larger) and compiled, else slower.
     fp8: bool = False
     attention: Literal["auto", "xformers", "varlen", "sdpa", "matmul"] = "auto"

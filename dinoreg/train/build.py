@@ -32,7 +32,9 @@ def build_objective(cfg: RunConfig, ranks: Ranks, from_weights: bool = True) -> 
     from_weights: start from `model.init_from`, if given; not needed where a checkpoint will overwrite everything.
     """
     with torch.device("meta"):
-        objective = SelfDistillation(cfg.objective, cfg.model, ranks, attention=cfg.efficiency.attention)
+        objective = SelfDistillation(
+            cfg.objective, cfg.model, ranks, attention=cfg.efficiency.attention, compile=cfg.efficiency.compile
+        )
     objective.to_empty(device="cpu")
     with torch.no_grad():
         for tensor in objective.state_dict().values():
