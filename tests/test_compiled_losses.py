@@ -1,4 +1,4 @@
-"""What the losses do to pieces of logits, by torch.compile and without: the same numbers, and code that is written once."""
+"""What the losses do to pieces of logits, by torch.compile and without: the same numbers, code written once."""
 
 from __future__ import annotations
 
