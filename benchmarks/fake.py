@@ -20,6 +20,7 @@ from benchmarks.step import values_of
 from dinoreg.config import load
 from dinoreg.data.batch import Crops
 from dinoreg.data.masks import draw_masks
+from dinoreg.models.float8 import use_float8
 from dinoreg.objectives.self_distillation import SelfDistillation
 from dinoreg.parallel.mesh import Ranks
 from dinoreg.parallel.shard import parallelize
@@ -50,6 +51,8 @@ def fake_step(cfg: RunConfig, side: str, ranks: Ranks) -> Iterator[Callable[[], 
 
 def _ours(cfg: RunConfig, side: str, ranks: Ranks, crops: Crops) -> Callable[[], Any]:
     objective = _objective(cfg, ranks)
+    if cfg.efficiency.fp8:
+        use_float8(objective, "bf16", ranks.device)
     efficiency = replace(cfg.efficiency, activation_checkpointing=side)  # type: ignore[arg-type]
     with unset_fake_temporarily():  # the mesh of processes is a real tensor, whose values are read
         parallelize(objective.student, objective.teacher, efficiency, "bf16", ranks)
