@@ -15,7 +15,7 @@ import argparse
 import io
 import json
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -159,7 +159,7 @@ def host_stages(images: list[bytes]) -> dict[str, float]:
 
 def photometric_stages(batch: Batch) -> dict[str, float]:
     """Milliseconds an image of each operation inside `develop`, and of what is around them."""
-    spent: Counter[str] = Counter()
+    spent: defaultdict[str, float] = defaultdict(float)
 
     def timed(operation: ph.Operation) -> ph.Operation:
         def work(crops: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -172,7 +172,7 @@ def photometric_stages(batch: Batch) -> dict[str, float]:
 
     with mock.patch.dict(ph.OPERATIONS, {column: timed(operation) for column, operation in ph.OPERATIONS.items()}):
         total = seconds(lambda: ph.develop(batch, PHOTOMETRIC))
-    spent["planning, to floats, normalising"] = total - spent.total()
+    spent["planning, to floats, normalising"] = total - sum(spent.values())
     return {name: 1e3 * value / len(batch) for name, value in spent.items()}
 
 
